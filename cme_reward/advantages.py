@@ -1,0 +1,91 @@
+"""Rewards -> advantages, normalised per token position across the rollouts of one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from cme_reward.errors import ConfigError, InputError
+
+SCALES = ("std", "none")
+
+
+def group_advantages(
+    rewards: torch.Tensor,
+    mask: torch.Tensor,
+    groups: Sequence[Hashable] | torch.Tensor,
+    *,
+    scale: str = "std",
+    eps: float = 0.1,
+) -> torch.Tensor:
+    """Per-position group advantages (arXiv 2605.29009, section 2, after GRPO).
+
+        A[i, t] = (r[i, t] - mean_t) / (std_t + eps)
+
+    over the rollouts of the same prompt whose position t is unmasked, with the sample standard
+    deviation; 0 where masked and where fewer than two rollouts are unmasked.
+
+    Args:
+        rewards: `[B, T]` token rewards in nats. Values under a False mask are not read.
+        mask: `[B, T]`, True (or non-zero) where a token is scored.
+        groups: B prompt identifiers, any hashables or an integer tensor, in any order; groups may
+            differ in size.
+        scale: "std", or "none" to leave out the division (Dr. GRPO, arXiv 2503.20783).
+        eps: added to the standard deviation, in nats. It matters: where rollouts agree, std_t goes
+            to zero and a tiny eps turns rounding noise into advantages of size one. GRPO codes use
+            1e-9 to 1e-4, the paper gives no value.
+
+    Returns:
+        `[B, T]` advantages with the dtype and device of `rewards`; without unit for "std", in nats
+        for "none". An empty batch gives an empty tensor, a fully masked one zeros.
+
+    Raises:
+        InputError: if shapes or lengths disagree, or an unmasked reward is not finite.
+        ConfigError: for an unknown `scale` or a negative `eps`.
+    """
+    if scale not in SCALES:
+        raise ConfigError(f"scale={scale!r} is unknown; expected one of {', '.join(SCALES)}")
+    if not eps >= 0:
+        raise ConfigError(f"eps={eps!r} must be 0 or a positive number of nats")
+    if rewards.ndim != 2 or mask.shape != rewards.shape or len(groups) != len(rewards):
+        raise InputError(
+            f"rewards {tuple(rewards.shape)}, mask {tuple(mask.shape)} and {len(groups)} groups do "
+            "not fit together; expected [B, T], [B, T] and B"
+        )
+    mask_BT = mask.bool()
+    # Deviations of nearly equal rewards need the digits; MPS has no float64.
+    dtype = torch.float32 if rewards.device.type == "mps" else torch.float64
+    rewards_BT = torch.where(mask_BT, rewards.to(dtype), 0)
+    if not torch.isfinite(rewards_BT).all():
+        b, t = (~torch.isfinite(rewards_BT)).nonzero()[0].tolist()
+        raise InputError(
+            f"rewards[{b}, {t}] is {rewards_BT[b, t].item()} and unmasked; expected a finite reward"
+        )
+    group_B = _group_index(groups).to(rewards.device)
+    n_groups = int(group_B.max()) + 1 if len(rewards) else 0
+
+    def group_sum(values_BT: torch.Tensor) -> torch.Tensor:
+        """Sum over each row's group, given back to every row of it."""
+        sums = values_BT.new_zeros(n_groups, rewards.shape[1]).index_add_(0, group_B, values_BT)
+        return sums[group_B]
+
+    count_BT = group_sum(mask_BT.to(dtype))
+    mean_BT = group_sum(rewards_BT) / count_BT.clamp(min=1)
+    deviation_BT = torch.where(mask_BT & (count_BT >= 2), rewards_BT - mean_BT, 0)
+    if scale == "none":
+        return deviation_BT.to(rewards.dtype)
+    std_BT = (group_sum(deviation_BT.square()) / (count_BT - 1).clamp(min=1)).sqrt()
+    # With eps=0 and rollouts that agree, 0 / 0: an advantage of 0, as its limit from above.
+    advantages_BT = torch.where(deviation_BT == 0, 0, deviation_BT / (std_BT + eps))
+    return advantages_BT.to(rewards.dtype)
+
+
+def _group_index(groups: Sequence[Hashable] | torch.Tensor) -> torch.Tensor:
+    """Groups numbered from 0, `[B]`."""
+    if isinstance(groups, torch.Tensor):
+        if groups.ndim != 1:
+            raise InputError(f"groups has shape {tuple(groups.shape)}; expected [B]")
+        return torch.unique(groups, return_inverse=True)[1]
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(g, len(numbers)) for g in groups], dtype=torch.int64)

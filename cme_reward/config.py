@@ -1,0 +1,156 @@
+"""The settings of the reward, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cme_reward.advantages import SCALES
+from cme_reward.errors import ConfigError
+
+_CHOICES = {
+    "level": ("token", "sequence"),
+    "whitespace": ("mask", "keep"),
+    "eos": ("score", "mask"),
+    "baseline": ("none", "policy"),
+    "scale": SCALES,
+}
+
+
+@dataclass(frozen=True)
+class CMEConfig:
+    """Settings of the cross-model entropy reward.
+
+    From keyword arguments, or through `from_dict` (also a hydra / OmegaConf node), `from_yaml` and
+    `from_env`. An unknown key raises `ConfigError` naming the nearest known one. The paper to the
+    letter (arXiv 2605.29009, Appendix B) is `CMEConfig(eos="mask")`.
+    """
+
+    level: str = "token"
+    """"token": one reward per token. "sequence": the mean verifier log-prob (Eq. 3), on the last
+    token."""
+
+    whitespace: str = "mask"
+    """"mask" (paper): tokens of white space only get no reward. "keep": they are scored."""
+
+    eos: str = "score"
+    """"score": the generator's EOS gets the verifier's end-of-turn log-prob, so that stopping earns
+    or costs credit. "mask" (paper): EOS gets no reward; long token-level runs then forget to
+    stop."""
+
+    logprob_floor: float | None = None
+    """Verifier log-probs below this many nats are raised to it, before alignment. None: none is."""
+
+    baseline: str = "none"
+    """"policy": subtract the sampler's own log-prob from each token's (the reverse-KL reward of
+    on-policy distillation). "none": the paper."""
+
+    scale: str = "std"
+    """"std": advantages are divided by the group's standard deviation + eps. "none": they are not
+    (Dr. GRPO)."""
+
+    eps: float = 0.1
+    """Added to the standard deviation, in nats. See `group_advantages`."""
+
+    system_prompt: str | None = None
+    """System prompt for the verifier, in front of conversations that have none of their own."""
+
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to the verifier's chat template, for example `{"enable_thinking": False}`."""
+
+    chat_template: str | None = None
+    """A jinja chat template to use in place of the verifier's own (or where it has none)."""
+
+    max_length: int | None = None
+    """Most tokens shown to the verifier, prompt included. None: as many as it can take."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is unknown; expected one of "
+                    f"{', '.join(choices)}"
+                )
+        if self.logprob_floor is not None and not self.logprob_floor <= 0:
+            raise ConfigError(
+                f"logprob_floor={self.logprob_floor!r} must be 0 or negative (nats), or None"
+            )
+        if not self.eps >= 0:
+            raise ConfigError(f"eps={self.eps!r} must be 0 or a positive number of nats")
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(
+                f"max_length={self.max_length!r} leaves no room for a prompt and a response; "
+                "expected at least 2 tokens, or None"
+            )
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            raise ConfigError(
+                f"chat_template_kwargs={self.chat_template_kwargs!r} must be a mapping, "
+                "such as {'enable_thinking': False}"
+            )
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> CMEConfig:
+        """From any mapping of names to values; strings are read as their field's type."""
+        known = {f.name: str(f.type) for f in fields(cls)}
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+                raise ConfigError(
+                    f"unknown setting {key!r}; did you mean {near[0]!r}? Known: {', '.join(known)}"
+                )
+        return cls(**{key: _read(key, known[key], value) for key, value in settings.items()})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> CMEConfig:
+        """From a YAML file of settings, at its top level or under a `cme:` key."""
+        import yaml
+
+        try:
+            settings = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read settings from {str(path)!r}: {error}") from error
+        if isinstance(settings, Mapping) and isinstance(settings.get("cme"), Mapping):
+            settings = settings["cme"]
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"{str(path)!r} holds a {type(settings).__name__}; expected settings such as "
+                "`eos: score`"
+            )
+        return cls.from_dict(settings)
+
+    @classmethod
+    def from_env(cls, prefix: str = "CME_", environ: Mapping[str, str] | None = None) -> CMEConfig:
+        """From environment variables such as `CME_EOS=mask`; other variables are left alone.
+
+        Only the names of settings are looked up, so a misspelt variable cannot be told from one
+        that belongs to something else.
+        """
+        environ = os.environ if environ is None else environ
+        names = {prefix + f.name.upper(): f.name for f in fields(cls)}
+        return cls.from_dict({names[key]: value for key, value in environ.items() if key in names})
+
+
+def _read(key: str, kind: str, value: Any) -> Any:
+    """A value as its field's type: the environment and command lines know only strings."""
+    if isinstance(value, Mapping):
+        return {name: value[name] for name in value}
+    if "str" in kind.split(" | ") and value is not None:
+        return str(value)
+    if not isinstance(value, str):
+        return float(value) if "float" in kind and isinstance(value, int) else value
+    import yaml
+
+    try:
+        if value.lower() in ("none", "null", ""):
+            return None if "None" in kind else yaml.safe_load(value)
+        if "float" in kind:
+            return float(value)
+        if "int" in kind:
+            return int(value)
+        return yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{key}={value!r} cannot be read; expected {kind}") from error

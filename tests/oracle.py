@@ -1,0 +1,57 @@
+"""Naive, exact definitions that the fast code is held against: loops and fractions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+
+def byte_cells(pieces: Sequence[bytes]) -> tuple[str, list[Fraction]]:
+    """Text and right ends, in characters, of tokens that write these bytes.
+
+    Each byte of a k-byte character is 1/k of it. An invalid sequence is one U+FFFD; a character
+    left unfinished at the end is not there.
+    """
+    data = b"".join(pieces)
+    cells: list[Fraction] = []
+    text = ""
+    while len(cells) < len(data):
+        rest = data[len(cells) :]
+        for k in (1, 2, 3, 4):
+            try:
+                text += rest[:k].decode()
+                break
+            except UnicodeDecodeError as error:
+                if error.reason != "unexpected end of data":
+                    text += "\N{REPLACEMENT CHARACTER}"
+                    k = error.end - error.start
+                    break
+                if k >= len(rest):  # unfinished
+                    cells += [Fraction(0)] * len(rest)
+                    k = 0
+                    break
+        cells += [Fraction(1, k)] * k if k else []
+    ends, done, n = [], Fraction(0), 0
+    for piece in pieces:
+        done += sum(cells[n : n + len(piece)], Fraction(0))
+        n += len(piece)
+        ends.append(done)
+    return text, ends
+
+
+def align(
+    logprobs: Sequence[Fraction], verifier_ends: Sequence[int], generator_ends: Sequence[int]
+) -> list[Fraction]:
+    """`sum_s w[t, s] logp[s]` with `w = |overlap| / |span of s|`, by a double loop."""
+    aligned = []
+    generator_start = 0
+    for generator_end in generator_ends:
+        total, start = Fraction(0), 0
+        for logp, end in zip(logprobs, verifier_ends, strict=True):
+            overlap = min(end, generator_end) - max(start, generator_start)
+            if overlap > 0:
+                total += Fraction(overlap, end - start) * logp
+            start = end
+        aligned.append(total)
+        generator_start = generator_end
+    return aligned
