@@ -25,7 +25,7 @@ def row_offsets(lengths: Sequence[int] | Int64) -> Int64:
 def flatten(rows: Sequence[Any], dtype: Any) -> tuple[NDArray[Any], Int64]:
     """Concatenate rows (lists, arrays or CPU tensors) into `(flat, offsets)`."""
     offsets = row_offsets([len(row) for row in rows])
-    if not rows:
+    if not len(rows):
         return np.zeros(0, dtype=dtype), offsets
     if dtype == np.int64 and all(type(row) is list for row in rows):
         # Several times faster than one np.array per list, and takes nothing but integers.

@@ -103,11 +103,15 @@ def align_batch(
         )
     _check_rows(logp_S, ends_S, offsets_S, ends_T, offsets_T)
 
+    last_S, last_T = ends_S[offsets_S[1:] - 1], ends_T[offsets_T[1:] - 1]
+    if (last_S < last_T).any():  # beyond the last verifier token F stays where it is
+        ends_T = np.minimum(ends_T, np.repeat(last_S, np.diff(offsets_T)))
+
     # All rows on one axis, one unit apart so that neighbours share no position. Each row's first
     # knot takes the row before it back out of the running sum: it never grows beyond one
     # response's total, and neither does its rounding error.
     starts = np.zeros(len(offsets_T) - 1)
-    np.cumsum(ends_T[offsets_T[1:-1] - 1] + 1, out=starts[1:])
+    np.cumsum(last_T[:-1] + 1, out=starts[1:])
     ends_S += np.repeat(starts, np.diff(offsets_S))
     ends_T += np.repeat(starts, np.diff(offsets_T))
     logp_S[1:][ends_S[1:] == ends_S[:-1]] = 0  # tokens without text

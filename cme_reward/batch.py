@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cme_reward.advantages import group_advantages
 from cme_reward.config import CMEConfig
@@ -32,6 +34,10 @@ class CMEBatch:
 
     dropped_nats: torch.Tensor
     """`[B]` float32, >= 0: how much of a response's surprise lies on masked tokens."""
+
+    verifier_tokens: list[tuple[NDArray[np.int64], NDArray[np.float64]]]
+    """Per response, the verifier's ids and their log-probs, end of turn included; of the first
+    member of an ensemble."""
 
     metrics: dict[str, float]
     """See `cme_reward.metrics`."""

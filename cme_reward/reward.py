@@ -123,7 +123,7 @@ class CrossModelEntropy:
                 f"got {len(prompts)} prompts and {len(response_ids)} responses; expected one "
                 "prompt, a string or a list of messages, for each response"
             )
-        flat_ids, offsets = flatten_ids(response_ids, self.table.vocab_size, "response")
+        flat_ids, offsets = flatten_ids(_on_host(response_ids), self.table.vocab_size, "response")
         masks = None
         if response_masks is not None:
             masks = split(_like(response_masks, offsets, "response_masks").astype(bool), offsets)
@@ -203,6 +203,7 @@ class CrossModelEntropy:
             sequence_rewards=torch.from_numpy(sequence).float(),
             token_logprobs=_pad(logprobs, offsets).float(),
             dropped_nats=torch.from_numpy(dropped).float(),
+            verifier_tokens=_verifier_tokens(scores[0], row_of_segment, n_rows),
             metrics=metrics,
             config=self.config,
         )
@@ -218,9 +219,17 @@ class CrossModelEntropy:
             )
 
 
+def _on_host(rows: Any) -> Any:
+    """Rows without tensors, wherever these lived; numpy knows no bfloat16."""
+    if isinstance(rows, torch.Tensor):
+        rows = rows.detach().cpu()
+        return rows.double().numpy() if rows.is_floating_point() else rows.numpy()
+    return [_on_host(row) if isinstance(row, torch.Tensor) else row for row in rows]
+
+
 def _like(values: Any, offsets: Int64, name: str) -> NDArray[Any]:
     """Per-token values of the same ragged shape as the ids, flat."""
-    rows = [np.asarray(row) for row in values]
+    rows = [np.asarray(row) for row in _on_host(values)]
     if len(rows) != len(offsets) - 1:
         raise InputError(f"{name} has {len(rows)} rows for {len(offsets) - 1} responses")
     for b, row in enumerate(rows):
@@ -238,6 +247,25 @@ def _sampled_rows(
 ) -> tuple[Int64, Int64]:
     flat = np.concatenate([np.zeros(0, np.int64), *ids])[sampled]
     return flat, row_offsets(sampled)[offsets]
+
+
+def _verifier_tokens(
+    score: SegmentScores, row_of_segment: Int64, n_rows: int
+) -> list[tuple[Int64, Float64]]:
+    """Ids and log-probs of each response, its segments one after the other."""
+    rows: list[list[tuple[Int64, Float64]]] = [[] for _ in range(n_rows)]
+    for b, tokens in zip(row_of_segment.tolist(), score.verifier_tokens_n, strict=True):
+        rows[b].append(tokens)
+    nothing = np.zeros(0, np.int64), np.zeros(0)
+    return [
+        (
+            np.concatenate([nothing[0], *(i for i, _ in row)]),
+            np.concatenate([nothing[1], *(x for _, x in row)]),
+        )
+        if len(row) != 1
+        else row[0]
+        for row in rows
+    ]
 
 
 def _mean(values: NDArray[Any], empty: float = 0.0) -> float:

@@ -32,10 +32,12 @@ class SegmentScores:
     """Some of the token's text was scored, and all that the verifier does not drop."""
     is_eos_N: NDArray[np.bool_]
     """The token is an EOS that has the end of turn's log-prob."""
+    verifier_tokens_n: list[tuple[Int64, Float64]]
+    """Ids and log-probs of each segment's verifier tokens, end of turn included."""
     sums_n: Float64
-    """Sum of log p over the verifier tokens of each segment, end of turn included, in nats."""
+    """Sums of those log-probs, in nats."""
     counts_n: Int64
-    """Number of those tokens."""
+    """Numbers of those tokens."""
     truncated_n: NDArray[np.bool_]
     """The verifier's context ended before the segment did."""
     uniform: float
@@ -117,6 +119,7 @@ class MemberScorer:
             aligned_N=aligned_N,
             covered_N=np.concatenate([np.zeros(0, dtype=bool), *covered]),
             is_eos_N=is_eos_N,
+            verifier_tokens_n=list(zip(requests, logprobs, strict=True)),
             sums_n=np.array([logp.sum() for logp in logprobs]),
             counts_n=np.array([len(logp) for logp in logprobs], dtype=np.int64),
             truncated_n=truncated,

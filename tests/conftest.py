@@ -161,17 +161,13 @@ def shared_rows(name: str) -> list[dict[str, Any]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name in ("tokenizer", "generator", "verifier_tokenizer"):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, [*BUILDERS, *REAL], indirect=True)
+    if "tokenizer" in metafunc.fixturenames:
+        metafunc.parametrize("tokenizer", [*BUILDERS, *REAL], indirect=True)
 
 
 @pytest.fixture
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     return load_tokenizer(request.param)
-
-
-generator = verifier_tokenizer = tokenizer
 
 
 @pytest.fixture(scope="session")

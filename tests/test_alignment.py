@@ -14,16 +14,16 @@ from cme_reward import InputError, align_batch, align_logprobs, overlap_weights
 
 @st.composite
 def aligned_rows(draw: st.DrawFn) -> tuple[list[float], list[int], list[int]]:
-    total = draw(st.integers(0, 60))
-
-    def ends() -> list[int]:
+    def ends(total: int) -> list[int]:
         cuts = draw(st.lists(st.integers(0, total), max_size=12))
         return sorted([*cuts, total])
 
-    verifier_ends = ends()
+    total = draw(st.integers(0, 60))
+    verifier_ends = ends(total)
+    beyond = draw(st.sampled_from([0, 0, 7]))  # text past the verifier's context
     logp = st.floats(-30, 0)
     logprobs = draw(st.lists(logp, min_size=len(verifier_ends), max_size=len(verifier_ends)))
-    return logprobs, verifier_ends, ends()
+    return logprobs, verifier_ends, ends(total + beyond)
 
 
 def test_the_papers_example() -> None:

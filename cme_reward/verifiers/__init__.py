@@ -1,0 +1,73 @@
+"""Where a verifier can run, by the spec that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cme_reward.errors import VerifierError
+from cme_reward.verifiers.base import Verifier
+from cme_reward.verifiers.ensemble import Ensemble
+
+__all__ = ["SPECS", "Ensemble", "Verifier", "load_verifier"]
+
+SPECS = {
+    "embedded": "the small model shipped with this package; for trying things out, works offline",
+    "hf:NAME_OR_PATH": "a causal language model of transformers, in this process",
+    "random:NAME_OR_PATH": "the same architecture, untrained: the paper's control",
+    "SPEC+SPEC": "an ensemble: the mean of the aligned log-probs",
+}
+
+
+def load_verifier(spec: str, **options: Any) -> Verifier | Ensemble:
+    """The verifier that a spec names.
+
+    Args:
+        spec: `"embedded"`, `"hf:NAME_OR_PATH"`, `"random:NAME_OR_PATH"`, or several of these
+            joined by `+`.
+        options: for `hf:` the keywords of `TransformersVerifier.from_pretrained` (`dtype`,
+            `device`, `batch_tokens`, ...), for `random:` those of `from_config`.
+
+    Raises:
+        VerifierError: for an unknown spec (lists the known ones), or a model that does not load.
+    """
+    parts = [part.strip() for part in spec.split("+")]
+    if len(parts) > 1:
+        return Ensemble([_load_one(part, options) for part in parts])
+    return _load_one(parts[0], options)
+
+
+def _load_one(spec: str, options: dict[str, Any]) -> Verifier:
+    kind, _, name = spec.partition(":")
+    if kind == "embedded" and not name:
+        return _embedded(**options)
+    loader = _LOADERS.get(kind)
+    if loader is None or not name:
+        known = "\n".join(f"  {form:22} {what}" for form, what in SPECS.items())
+        raise VerifierError(f"unknown verifier {spec!r}; expected one of\n{known}")
+    return loader(name, **options)
+
+
+def _hf(name: str, **options: Any) -> Verifier:
+    from cme_reward.verifiers.hf import TransformersVerifier  # model code: seconds to import
+
+    return TransformersVerifier.from_pretrained(name, **options)
+
+
+def _random(name: str, **options: Any) -> Verifier:
+    from cme_reward.verifiers.hf import TransformersVerifier
+
+    return TransformersVerifier.from_config(name, **options)
+
+
+def _embedded(**options: Any) -> Verifier:
+    from cme_reward.verifiers.hf import TransformersVerifier
+
+    folder = Path(__file__).parent / "embedded"
+    return TransformersVerifier.from_pretrained(
+        str(folder), **{"dtype": "float32", "name": "embedded", **options}
+    )
+
+
+_LOADERS: dict[str, Callable[..., Verifier]] = {"hf": _hf, "random": _random}

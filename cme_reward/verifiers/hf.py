@@ -1,0 +1,260 @@
+"""A verifier that runs in this process: any causal language model of ``transformers``.
+
+Responses to one prompt are scored from one cached pass over it where that saves enough, the
+others in padded batches of like length.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cme_reward.errors import ConfigError, InputError, TokenizerError, VerifierError
+from cme_reward.verifiers.base import TokenIds
+from cme_reward.verifiers.frozen import FrozenModel, length_limit
+
+# Below this saving in tokens, batching across prompts beats running a prompt on its own.
+WORTH_SHARING = 1.1
+OWN_OPTIONS = ("max_length", "batch_tokens", "head_rows", "name")
+
+
+class TransformersVerifier:
+    """Scores responses with a frozen causal language model, on CPU or GPU.
+
+    Args:
+        model: a causal language model of transformers; it is put in eval mode and frozen.
+        tokenizer: its fast tokenizer.
+        max_length: most tokens of prompt and response together. Default: what the model's
+            configuration and the tokenizer allow, whichever is less.
+        batch_tokens: most tokens, padding included, in one forward pass (a single response may
+            exceed it). Default: 16,384, or 512 on a CPU, where wider batches only add padding.
+        head_rows: most positions whose logits exist at once, at 4 bytes x vocabulary each.
+        name: how reports call this verifier.
+
+    Raises:
+        ConfigError: a limit is out of range.
+        TokenizerError: the tokenizer is not a fast one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        head_rows: int = 512,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or f"hf:{model.config.name_or_path or type(model).__name__}"
+        if not getattr(tokenizer, "is_fast", False):
+            raise TokenizerError(
+                f"{self.name}: {type(tokenizer).__name__} is a slow tokenizer, and text positions "
+                "need a fast one: use a repository that holds a tokenizer.json, or write one with "
+                "transformers.convert_slow_tokenizer.convert_slow_tokenizer(tokenizer).save(path)"
+            )
+        if head_rows < 1 or (batch_tokens is not None and batch_tokens < 1):
+            raise ConfigError(f"{batch_tokens=} and {head_rows=} must both be at least 1")
+        self.tokenizer = tokenizer
+        self.max_length = length_limit(model.config, tokenizer, max_length)
+        self.model = model
+        self.frozen = FrozenModel(
+            model, self.name, head_rows=head_rows, probe_length=self.max_length
+        )
+        self.vocab_size = self.frozen.vocab_size
+        if batch_tokens is None:
+            batch_tokens = 512 if self.frozen.device.type == "cpu" else 16_384
+        self.batch_tokens = 1 if self.frozen.alone else batch_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> TransformersVerifier:
+        """Load model and tokenizer from the hub or from a directory.
+
+        `dtype` None keeps the checkpoint's own, `device` None means the GPU if there is one.
+        Further keywords: those of the class, and what ``AutoModelForCausalLM.from_pretrained``
+        takes.
+        """
+        options = {key: kwargs.pop(key) for key in OWN_OPTIONS if key in kwargs}
+        if attn_implementation is not None:
+            kwargs["attn_implementation"] = attn_implementation
+        remote = {"trust_remote_code": trust_remote_code}
+        with _loading(name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **remote)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                name_or_path, dtype=dtype or "auto", **remote, **kwargs
+            )
+        if "device_map" not in kwargs:
+            model.to(device or _default_device())
+        options.setdefault("name", f"hf:{name_or_path}")
+        return cls(model, tokenizer, **options)
+
+    @classmethod
+    def from_config(
+        cls,
+        name_or_path: str,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        **options: Any,
+    ) -> TransformersVerifier:
+        """The same architecture and tokenizer, untrained: the random-verifier control.
+
+        The weights depend on `seed` alone, and torch's random state is left as it was.
+        """
+        remote = {"trust_remote_code": trust_remote_code}
+        with _loading(name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **remote)
+            config = AutoConfig.from_pretrained(name_or_path, **remote)
+            # Weights are drawn on the CPU, so its generator is the only one to seed and restore.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=dtype or config.dtype,
+                    attn_implementation=attn_implementation,
+                    **remote,
+                )
+        model.to(device or _default_device())
+        options.setdefault("name", f"random:{name_or_path}")
+        return cls(model, tokenizer, **options)
+
+    @torch.inference_mode()
+    def logprobs(
+        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
+    ) -> list[np.ndarray]:
+        """``log p(response[s] | prompt, response[:s])`` in nats, as float32 arrays `[S]`.
+
+        Results keep the order of the input and do not depend on what else is in the batch. An
+        empty response gives an empty array, an empty batch an empty list.
+
+        Raises:
+            InputError: as many prompts as responses were expected, or a prompt is empty, an id
+                is outside the vocabulary, a response ends beyond `max_length`.
+            VerifierError: the model gave a log-probability that is not finite.
+        """
+        prompts_B, responses_B = self._checked(prompts, responses)
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        for i, response in enumerate(responses_B):
+            if len(response):
+                groups[prompts_B[i].tobytes()].append(i)
+
+        results = [np.empty(0, np.float32) for _ in responses_B]
+        loose: list[int] = []
+        for members in groups.values():
+            prompt = prompts_B[members[0]]
+            if self._worth_sharing(len(prompt), [len(responses_B[i]) for i in members]):
+                # The last prompt token stays out of the cache: it predicts response token 0.
+                cache = self.frozen.prefix(prompt[:-1])
+                self._score(
+                    members, dict.fromkeys(members, prompt[-1:]), responses_B, results, cache
+                )
+            else:
+                loose += members
+        self._score(loose, prompts_B, responses_B, results)
+        return results
+
+    def _worth_sharing(self, prompt_length: int, response_lengths: list[int]) -> bool:
+        """Whether G(P+R) / (P+GR), tokens without over tokens with a shared prompt, is enough."""
+        alone = prompt_length * len(response_lengths) + sum(response_lengths)
+        shared = prompt_length + sum(response_lengths)
+        return self.frozen.shares and prompt_length > 1 and alone >= WORTH_SHARING * shared
+
+    def _score(
+        self,
+        members: list[int],
+        contexts: Mapping[int, np.ndarray] | list[np.ndarray],
+        responses: list[np.ndarray],
+        results: list[np.ndarray],
+        cache: Any = None,
+    ) -> None:
+        """Fill in the results of responses that continue one cached prefix, or none."""
+        widths = {i: len(contexts[i]) + len(responses[i]) - 1 for i in members}
+        for batch in _batches(widths, self.batch_tokens):
+            pieces = [responses[i] for i in batch]
+            logprobs_N = self.frozen.logprobs([contexts[i] for i in batch], pieces, cache)
+            ends = np.cumsum([len(piece) for piece in pieces])[:-1]
+            for i, logprobs_S in zip(batch, np.split(logprobs_N.cpu().numpy(), ends), strict=True):
+                for s in np.flatnonzero(~np.isfinite(logprobs_S))[:1]:
+                    raise VerifierError(
+                        f"{self.name}: log-prob {logprobs_S[s]} for token {s} of response {i}, "
+                        "where a finite number was expected: check the checkpoint, or load it "
+                        "with dtype float32"
+                    )
+                results[i] = logprobs_S
+
+    def _checked(
+        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        if len(prompts) != len(responses):
+            raise InputError(
+                f"{len(prompts)} prompts for {len(responses)} responses: repeat each prompt for "
+                "every one of its rollouts"
+            )
+        prompts_B = [self._ids("prompt", i, ids) for i, ids in enumerate(prompts)]
+        responses_B = [self._ids("response", i, ids) for i, ids in enumerate(responses)]
+        for i, (prompt, response) in enumerate(zip(prompts_B, responses_B, strict=True)):
+            if not 0 < len(prompt) <= self.max_length - len(response):
+                raise InputError(
+                    f"prompt {i} has {len(prompt)} tokens and its response {len(response)}: give "
+                    f"a prompt at least one, and both together at most {self.max_length}"
+                )
+        return prompts_B, responses_B
+
+    def _ids(self, what: str, i: int, ids: TokenIds) -> np.ndarray:
+        array = np.array(ids)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise InputError(
+                f"{what} {i} is {array.dtype} of shape {array.shape}: give one flat sequence of "
+                "integer token ids"
+            )
+        for at in np.flatnonzero((array < 0) | (array >= self.vocab_size))[:1]:
+            raise InputError(
+                f"{what} {i} holds id {array[at]} at position {at}, but {self.name} has ids 0 to "
+                f"{self.vocab_size - 1} (vocabulary size {self.vocab_size}): encode the text with "
+                "the verifier's own tokenizer"
+            )
+        return array.astype(np.int64)
+
+
+def _batches(widths: dict[int, int], budget: int) -> list[list[int]]:
+    """Rows of like width together, widest first; rows x widest <= budget, or a single row."""
+    batches: list[list[int]] = []
+    for i in sorted(widths, key=widths.__getitem__, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * widths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _loading(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise VerifierError(
+            f"cannot load verifier {name_or_path!r}: expected a directory with config.json, "
+            "weights and tokenizer.json, or the name of a causal model on the hub (check the "
+            f"spelling, the network and HF_TOKEN). transformers says: {error}"
+        ) from error

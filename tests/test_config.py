@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+
+from cme_reward import CMEConfig, ConfigError
+
+
+def test_is_frozen_and_pickles() -> None:
+    config = CMEConfig(eos="mask", chat_template_kwargs={"enable_thinking": False})
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.eos = "score"  # type: ignore[misc]
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'whitespce'; did you mean 'whitespace'"):
+        CMEConfig.from_dict({"whitespce": "keep"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"level": "tokens"}, "level='tokens' is unknown; expected one of token, sequence"),
+        ({"eos": "drop"}, "expected one of score, mask"),
+        ({"logprob_floor": 3.0}, "logprob_floor=3.0 must be 0 or negative"),
+        ({"eps": -1}, "eps=-1.0 must be 0 or a positive"),
+        ({"max_length": 1}, "at least 2 tokens"),
+        ({"max_length": "many"}, "max_length='many' cannot be read; expected int"),
+        ({"chat_template_kwargs": "yes"}, "must be a mapping"),
+    ],
+)
+def test_an_impossible_value_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CMEConfig.from_dict(settings)
+
+
+def test_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "cme.yaml"
+    path.write_text("cme:\n  eps: 1e-4\n  scale: none\n  chat_template_kwargs: {a: false}\n")
+    config = CMEConfig.from_yaml(path)
+    assert config == CMEConfig(eps=1e-4, scale="none", chat_template_kwargs={"a": False})
+    path.write_text("eos: mask\n")
+    assert CMEConfig.from_yaml(path) == CMEConfig(eos="mask")
+    path.write_text("")
+    assert CMEConfig.from_yaml(path) == CMEConfig()
+    path.write_text("- eos\n")
+    with pytest.raises(ConfigError, match="holds a list"):
+        CMEConfig.from_yaml(path)
+    with pytest.raises(ConfigError, match=r"cannot read settings from '.*missing.yaml'"):
+        CMEConfig.from_yaml(tmp_path / "missing.yaml")
+
+
+def test_from_env_reads_strings_as_their_type() -> None:
+    environ = {
+        "CME_EPS": "0.5",
+        "CME_MAX_LENGTH": "128",
+        "CME_SYSTEM_PROMPT": "12",
+        "CME_LOGPROB_FLOOR": "none",
+        "CME_CHAT_TEMPLATE_KWARGS": "{enable_thinking: false}",
+        "CME_SHARED": "not a setting",
+        "HOME": "nor this",
+    }
+    assert CMEConfig.from_env(environ=environ) == CMEConfig(
+        eps=0.5,
+        max_length=128,
+        system_prompt="12",
+        chat_template_kwargs={"enable_thinking": False},
+    )
+
+
+def test_keys_with_none_keep_their_meaning() -> None:
+    # scale and baseline have a value called "none"; the optional ones read it as "not set".
+    config = CMEConfig.from_dict({"scale": "none", "baseline": "none", "system_prompt": None})
+    assert (config.scale, config.baseline, config.system_prompt) == ("none", "none", None)
