@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,7 @@ from cme_reward._ragged import Int64, row_offsets
 from cme_reward.errors import InputError
 
 Float64 = NDArray[np.float64]
+Row = Sequence[float] | NDArray[Any]
 
 
 def overlap_weights(
@@ -62,9 +64,9 @@ def align_logprobs(
 
 
 def align_batch(
-    verifier_logprobs: Sequence[ArrayLike],
-    verifier_ends: Sequence[ArrayLike],
-    generator_ends: Sequence[ArrayLike],
+    verifier_logprobs: Sequence[Row],
+    verifier_ends: Sequence[Row],
+    generator_ends: Sequence[Row],
 ) -> list[Float64]:
     """Aligned log-probs of a ragged batch, in one pass over all its tokens.
 
@@ -125,9 +127,9 @@ def align_batch(
 _KNOT = np.zeros(1)
 
 
-def _with_knots(rows: Sequence[ArrayLike]) -> tuple[Float64, Int64]:
+def _with_knots(rows: Sequence[Row]) -> tuple[Float64, Int64]:
     """Rows with a 0 in front of each, flat (exact: ends are far below 2**53), and row offsets."""
-    offsets = row_offsets([len(row) + 1 for row in rows])  # pyright: ignore[reportArgumentType]
+    offsets = row_offsets([len(row) + 1 for row in rows])
     knotted = list(chain.from_iterable((_KNOT, row) for row in rows))
     try:
         return np.concatenate(knotted, dtype=np.float64, casting="unsafe"), offsets

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cme_reward.errors import InputError
 
 if TYPE_CHECKING:
     from cme_reward.prompts import Prompt
     from cme_reward.reward import CrossModelEntropy
-
-OUTPUT_FIELDS = ("sequence_reward", "token_rewards", "mask", "tokens", "dropped_nats")
 
 
 @dataclass
@@ -43,9 +47,8 @@ class Scored:
     mask: list[bool]
     sequence_reward: float
     dropped_nats: float
-    truncated: bool
-    verifier: tuple[list[str], list[float]] | None
-    """The verifier's tokens and their log-probs, where there is one verifier."""
+    verifier_tokens: tuple[Any, Any]
+    """The verifier's ids and log-probs, as arrays."""
 
 
 @dataclass
@@ -56,24 +59,22 @@ class Bad:
     reason: str
 
 
-def read_rows(stream: Iterable[bytes], **checks: Any) -> Iterator[Row | Bad]:
-    """Each line that is not blank, in order. `checks` are the keywords of `parse_row`."""
+def read_rows(
+    stream: Iterable[bytes], vocab_size: int | None = None, *, needs_policy: bool = False
+) -> Iterator[Row | Bad]:
+    """Each line that is not blank, in order. The arguments are those of `parse_row`."""
     for line, raw in enumerate(stream, 1):
         if line == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip():
             try:
-                yield parse_row(line, raw, **checks)
+                yield parse_row(line, raw, vocab_size, needs_policy=needs_policy)
             except InputError as error:
                 yield Bad(line, str(error))
 
 
 def parse_row(
-    line: int,
-    raw: bytes,
-    *,
-    vocab_size: int | None = None,
-    needs_policy: bool = False,
+    line: int, raw: bytes, vocab_size: int | None = None, *, needs_policy: bool = False
 ) -> Row:
     """One line as a row. A field that is null counts as missing.
 
@@ -84,35 +85,20 @@ def parse_row(
         needs_policy: whether `policy_logprobs` are used. Otherwise they are not looked at.
 
     Raises:
-        InputError: saying what is wrong with it.
+        InputError: saying what is wrong with the line.
     """
-    try:
-        fields = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_finite)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"is not UTF-8 (byte 0x{raw[error.start]:02X} at byte {error.start}); save the file as "
-            "UTF-8"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(
-            f"holds {_short(fields)}; expected an object such as "
-            '{"prompt": "...", "response": "..."}'
-        )
+    fields = _parse(raw)
     given = {key: value for key, value in fields.items() if value is not None}
-    kind = _one_of(given, "prompt", "messages")
-    prompt = _prompt(kind, given[kind])
+    prompt = _prompt(given)
     if _one_of(given, "response", "response_ids") == "response":
-        for name in ("response_mask", "policy_logprobs") if needs_policy else ("response_mask",):
-            if name in given:
-                raise InputError(
-                    f"has {name} with a response as text; expected response_ids, the tokens that "
-                    f"{name} counts"
-                )
+        if "response_mask" in given or needs_policy:
+            raise InputError(
+                "has a response as text; expected response_ids, since response_mask and "
+                "baseline=policy go by the sampled tokens"
+            )
         if not isinstance(given["response"], str):
             raise InputError(f"response is {_short(given['response'])}; expected text")
-        _check_unicode("response", given["response"])
+        _check_characters("response", given["response"])
         return Row(line, fields, prompt, given["response"], None, None, None)
     if vocab_size is None:
         raise InputError(
@@ -124,19 +110,19 @@ def parse_row(
         if i >= vocab_size:
             raise InputError(
                 f"response_ids[{position}] is {i}, but the generator's tokenizer has ids 0 to "
-                f"{vocab_size - 1}. Were they sampled with another tokenizer?"
+                f"{vocab_size - 1}; were they sampled with another tokenizer?"
             )
     mask = policy = None
     if "response_mask" in given:
-        mask = _list(given, "response_mask", "0s and 1s", lambda m: m in (0, 1), len(ids))
-        mask = list(map(bool, mask))
+        flags = _list(given, "response_mask", "0s and 1s", lambda m: m in (0, 1), len(ids))
+        mask = [bool(flag) for flag in flags]
     if needs_policy:
         if "policy_logprobs" not in given:
             raise InputError(
-                "has no policy_logprobs; baseline=policy needs the sampler's log-prob of every "
-                "token of response_ids, in nats"
+                "has no policy_logprobs; baseline=policy needs the sampler's log-prob, in nats, of "
+                "each of the response_ids"
             )
-        policy = _list(given, "policy_logprobs", "log-probs in nats", _is_logprob, len(ids))
+        policy = _list(given, "policy_logprobs", "log-probs in nats", _is_number, len(ids))
     return Row(line, fields, prompt, None, ids, mask, policy)
 
 
@@ -156,41 +142,43 @@ def batches(rows: Iterable[Row | Bad], size: int) -> Iterator[list[Row | Bad]]:
 
 
 def score_rows(
-    scorer: CrossModelEntropy, rows: list[Row], eos_id: int | None = None
+    scorer: CrossModelEntropy, rows: list[Row], counts: Counter[str], eos_id: int | None = None
 ) -> Iterator[Scored | Bad]:
-    """Score rows in one call; where that fails, in halves, until the rows to blame stand alone.
+    """Score rows in one call; where that fails, in halves, until the row to blame stands alone.
 
     Args:
         scorer: the reward.
         rows: what to score.
-        eos_id: added to responses given as text. None: nothing is.
+        counts: `truncated`, the responses that do not fit the verifier's context, is added to.
+        eos_id: put after responses given as text. None: nothing is.
     """
-    if not rows:
-        return
     try:
-        yield from _score(scorer, rows, eos_id)
-    except Exception as error:  # whatever a template, a tokenizer or a model raises for this row
-        if len(rows) > 1:
-            yield from score_rows(scorer, rows[: len(rows) // 2], eos_id)
-            yield from score_rows(scorer, rows[len(rows) // 2 :], eos_id)
-        else:
+        yield from _score(scorer, rows, counts, eos_id) if rows else ()
+    except Exception as error:  # whatever a template, a tokenizer or a model raises for one row
+        if len(rows) == 1:
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             yield Bad(rows[0].line, f"{kind}{error}")
+        else:
+            half = len(rows) // 2
+            yield from score_rows(scorer, rows[:half], counts, eos_id)
+            yield from score_rows(scorer, rows[half:], counts, eos_id)
 
 
-def _score(scorer: CrossModelEntropy, rows: list[Row], eos_id: int | None) -> list[Scored]:
+def _score(
+    scorer: CrossModelEntropy, rows: list[Row], counts: Counter[str], eos_id: int | None
+) -> list[Scored]:
     texts = [row.response for row in rows if row.response is not None]
     encoded = iter(scorer.table.encode_batch(texts).ids)
     ending = [] if eos_id is None else [eos_id]
     ids = [next(encoded).tolist() + ending if row.ids is None else row.ids for row in rows]
     masks = [row.mask or [True] * len(i) for row, i in zip(rows, ids, strict=True)]
-    policy = [row.policy or [0.0] * len(i) for row, i in zip(rows, ids, strict=True)]
     batch = scorer(
         [row.prompt for row in rows],
         ids,
         masks if any(row.mask for row in rows) else None,
-        policy if any(row.policy for row in rows) else None,
+        [row.policy for row in rows] if scorer.config.baseline == "policy" else None,
     )
+    counts["truncated"] += int(batch.metrics["truncated"])
     return [
         Scored(
             row=row,
@@ -200,6 +188,162 @@ def _score(scorer: CrossModelEntropy, rows: list[Row], eos_id: int | None) -> li
             mask=batch.mask[b, : len(i)].tolist(),
             sequence_reward=float(batch.sequence_rewards[b]),
             dropped_nats=float(batch.dropped_nats[b]),
+            verifier_tokens=batch.verifier_tokens[b],
         )
         for b, (row, i) in enumerate(zip(rows, ids, strict=True))
     ]
+
+
+def dump(scored: Scored) -> bytes:
+    """A line of output: the fields of the input, with the rewards after or in place of them."""
+    fields = {
+        **scored.row.fields,
+        "sequence_reward": _rounded(scored.sequence_reward),
+        "token_rewards": [_rounded(reward) for reward in scored.token_rewards],
+        "mask": scored.mask,
+        "tokens": scored.tokens,
+        "dropped_nats": _rounded(scored.dropped_nats),
+    }
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair in a field that is only passed on
+        return json.dumps(fields, allow_nan=False).encode() + b"\n"
+
+
+def partial_path(path: Path) -> Path:
+    """Where the output lies until it is complete."""
+    path = path.resolve()  # a link stays a link
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name when all of it is there; until then `.partial`.
+
+    After an error the partial file stays, unless it is empty. What is not a regular file (a pipe,
+    a device) is written to as it is.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    partial = partial_path(path)
+    try:
+        file = partial.open("wb")
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+        if path.exists():
+            shutil.copymode(path, partial)
+        os.replace(partial, path.resolve())
+    finally:
+        if partial.exists() and not partial.stat().st_size:
+            partial.unlink()
+
+
+def _rounded(value: float) -> float:
+    """To six significant digits, about what float32 holds; never a negative zero."""
+    return float(f"{value:.6g}") + 0.0
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(raw.decode(), parse_constant=_refuse, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"is not UTF-8 (byte 0x{raw[error.start]:02X} at position {error.start + 1}); save the "
+            "file as UTF-8"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(
+            f"is {_short(fields)}; expected an object such as "
+            '{"prompt": "...", "response": "..."}'
+        )
+    return fields
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number} is too large a number")
+    return value
+
+
+def _one_of(given: dict[str, Any], first: str, second: str) -> str:
+    if (first in given) == (second in given):
+        amount = "both" if first in given else "neither"
+        raise InputError(
+            f"has {amount} {first} {'and' if first in given else 'nor'} {second}; expected one of "
+            "the two"
+        )
+    return first if first in given else second
+
+
+def _prompt(given: dict[str, Any]) -> Prompt:
+    name = _one_of(given, "prompt", "messages")
+    prompt = given[name]
+    is_text = name == "prompt" and isinstance(prompt, str)
+    # Trainers keep conversations under either name.
+    is_chat = isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))
+    if not is_text and not is_chat:
+        raise InputError(
+            f"{name} is {_short(prompt)}; expected {'text, or ' * (name == 'prompt')}a list of "
+            'messages such as {"role": "user", "content": "..."}'
+        )
+    _check_characters(name, json.dumps(prompt, ensure_ascii=False))
+    return prompt
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str | list) or (content is None and "tool_calls" in message)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _list(
+    given: dict[str, Any],
+    name: str,
+    what: str,
+    is_good: Callable[[Any], bool],
+    length: int | None = None,
+) -> list[Any]:
+    values = given[name]
+    if not isinstance(values, list):
+        raise InputError(f"{name} is {_short(values)}; expected a list of {what}")
+    for position, value in enumerate(values):
+        if not is_good(value):
+            raise InputError(f"{name}[{position}] is {_short(value)}; expected {what}")
+    if length is not None and len(values) != length:
+        raise InputError(
+            f"{name} has {len(values)} entries; expected one for each of the {length} response_ids"
+        )
+    return values
+
+
+def _check_characters(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} holds {text[error.start]!a}, half of a surrogate pair and no character; "
+            "expected Unicode text"
+        ) from None
+
+
+def _short(value: Any) -> str:
+    """A value from the file, fit for an error message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."

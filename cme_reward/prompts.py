@@ -102,7 +102,7 @@ class PromptFormat:
                     f"{self.tokenizer.name_or_path!r} has no chat template for a conversation of "
                     f"{len(messages)} messages; give chat_template, or prompts as plain strings"
                 )
-            prompt = messages[0]["content"]
+            prompt = str(messages[0]["content"])
         return "\n\n".join([*parts, prompt])
 
     def _plain_ids(self, text: str) -> list[int]:
@@ -139,11 +139,12 @@ def as_messages(prompt: Prompt) -> list[Message]:
 
 def _plain_roles(messages: Sequence[Message]) -> list[Message]:
     """System, user and assistant only, neighbours of one role joined."""
-    plain: list[dict[str, Any]] = []
+    plain: list[Message] = []
     for message in messages:
         role = message["role"] if message["role"] in ("system", "assistant") else "user"
         if plain and plain[-1]["role"] == role:
-            plain[-1]["content"] = f"{plain[-1]['content']}\n\n{message['content']}"
+            joined = f"{plain[-1]['content']}\n\n{message['content']}"
+            plain[-1] = {"role": role, "content": joined}
         else:
             plain.append({"role": role, "content": message["content"]})
     return plain

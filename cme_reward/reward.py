@@ -152,7 +152,7 @@ class CrossModelEntropy:
             sampled[offsets[s.row] + s.start : offsets[s.row] + s.stop] = True
         kinds = np.concatenate([np.zeros(0, np.uint8), *(s.kinds for s in segments)])
 
-        def per_row(values: ArrayLike, rows: Int64) -> Float64:
+        def per_row(values: ArrayLike, rows: NDArray[Any]) -> NDArray[Any]:
             return np.bincount(rows, np.asarray(values, dtype=np.float64), n_rows)
 
         # Segments hold the sampled tokens in order, so that flat arrays of both correspond.
@@ -246,7 +246,7 @@ def _sampled_rows(
     ids: list[Int64], sampled: NDArray[np.bool_], offsets: Int64
 ) -> tuple[Int64, Int64]:
     flat = np.concatenate([np.zeros(0, np.int64), *ids])[sampled]
-    return flat, row_offsets(sampled)[offsets]
+    return flat, row_offsets(sampled.astype(np.int64))[offsets]
 
 
 def _verifier_tokens(

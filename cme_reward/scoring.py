@@ -65,15 +65,10 @@ class MemberScorer:
             [lead + text for lead, (text, _) in zip(leads, shown, strict=True)]
         )
         prompts = self._prompts(segments)
-        with_eos = np.array(
-            [
-                self.config.eos == "score" and s.eos is not None and end_of_turn is not None
-                for s in segments
-            ],
-            dtype=bool,
-        )
+        ending = [] if end_of_turn is None or self.config.eos == "mask" else [end_of_turn]
+        with_eos = np.array([bool(ending) and s.eos is not None for s in segments], dtype=bool)
         requests = [
-            np.append(row, end_of_turn) if eos else row
+            np.append(row, ending).astype(np.int64) if eos else row
             for row, eos in zip(ids, with_eos, strict=True)
         ]
         rooms = [max(0, self.max_length - len(prompt)) for prompt in prompts]

@@ -178,8 +178,9 @@ class SpanTable:
             InputError: for a text with a lone surrogate, which no tokenizer can read.
             TokenizerError: if the tokens cannot be placed in the text.
         """
+        texts = list(texts)
         raw_texts = [_utf8(text, b) for b, text in enumerate(texts)]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         ids, offsets = flatten([encoding.ids for encoding in encodings], np.int64)
         del encodings
         pieces = self._pieces
@@ -202,7 +203,7 @@ class SpanTable:
                     )
                     ends[row] = positions[np.cumsum(n_bytes[row])]
         encoded = Encoded(split(ids, offsets), split(ends, offsets), [_NO_HOLES] * len(texts))
-        unproved = np.flatnonzero(~proved).tolist()
+        unproved = [b for b, row_proved in enumerate(proved) if not row_proved]
         with_offsets = self._backend.encode_batch(
             [texts[b] for b in unproved], add_special_tokens=False
         )

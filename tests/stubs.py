@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cme_reward.verifiers.base import TokenIds
+
 
 class TableVerifier:
     """Gives id i the log-prob `-(1 + i % 7) / 4` and remembers what it was asked."""
@@ -21,7 +23,7 @@ class TableVerifier:
         self.responses: list[list[int]] = []
 
     def logprobs(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
     ) -> list[np.ndarray]:
         self.prompts = [list(prompt) for prompt in prompts]
         self.responses = [list(response) for response in responses]

@@ -124,7 +124,8 @@ def test_a_conversation_no_role_of_which_fits_is_refused() -> None:
     tokenizer = with_template("sentencepiece", STRICT)
     with pytest.raises(InputError, match=r"refuses a conversation of roles \['assistant'\].*alter"):
         PromptFormat(tokenizer).render([{"role": "assistant", "content": "Hi"}])
-    for wrong in ([], [{"content": "x"}], [3]):
+    bad: list[Any] = [[], [{"content": "x"}], [3]]
+    for wrong in bad:
         with pytest.raises(InputError, match="expected"):
             PromptFormat(tokenizer).render(wrong)
 

@@ -409,7 +409,7 @@ def test_real_rollouts_with_the_model_that_sampled_them(shared: Any) -> None:
     Without shared material: the embedded model, sampling from itself.
     """
     if shared is None:
-        verifier = load_verifier("embedded")
+        verifier: Any = load_verifier("embedded")
         tokenizer = verifier.tokenizer
         cme = CrossModelEntropy(verifier, tokenizer, KEEP)
         ids = SpanTable(tokenizer).encode("She has 3 + 4 = 7 apples.")[0].tolist()
@@ -419,7 +419,7 @@ def test_real_rollouts_with_the_model_that_sampled_them(shared: Any) -> None:
         logp = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(ids) - 1), ids]
         rows = [("p", ids, logp.tolist())]
     else:
-        verifier = load_verifier(f"hf:{shared / 'models' / 'stories260K'}")
+        verifier: Any = load_verifier(f"hf:{shared / 'models' / 'stories260K'}")
         cme = CrossModelEntropy(verifier, load_tokenizer("tok512"), KEEP)
         rows = [
             (row["prompt"], row["meta"]["response_ids"], row["meta"]["response_logprobs"])

@@ -123,7 +123,8 @@ def test_lists_arrays_and_tensors_are_the_same(tokenizer: Any) -> None:
 
     table = SpanTable(tokenizer)
     ids = table.encode(TEXTS[0])[0]
-    for form in (ids.tolist(), tuple(ids.tolist()), ids.astype(np.int32), torch.from_numpy(ids)):
+    forms: Any = (ids.tolist(), tuple(ids.tolist()), ids.astype(np.int32), torch.from_numpy(ids))
+    for form in forms:
         assert table.decode(form)[1].tolist() == table.decode(ids)[1].tolist()
 
 
