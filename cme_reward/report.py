@@ -10,7 +10,6 @@ import base64
 import hashlib
 import math
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,13 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Literal
 
+from cme_reward._glyphs import (
+    plain_terminal,
+    segment_html,
+    segment_terminal,
+    segments,
+    with_characters,
+)
 from cme_reward.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,20 +51,6 @@ ROUNDING = 1e-6
 # Browsers stay quick with this many token elements; the rest waits as inert text until opened.
 OPEN_TOKENS = 40_000
 OPEN_PROMPTS = 4
-
-_SPECIAL = re.compile(
-    r"<\|[^<>|]+\|>|<\uff5c[^<>]+\uff5c>|</?s>|<(?:[a-z]+_of_turn|bos|eos|pad|unk)>"
-)
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Controls, bidirectional overrides and invisible format characters could hide or reorder text.
-_CONTROLS = (
-    "\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f"
-)
-_SEGMENTS = re.compile(
-    f"(?P<newline>\n)|(?P<tab>\t)|(?P<bytes>[\udc80-\udcff]+)|(?P<lost>\ufffd+)"
-    f"|(?P<control>[{_CONTROLS}])|(?P<spaces> {{2,}})|(?P<text>(?:(?!  )[^\n\t\ufffd{_CONTROLS}])+)"
-)
 
 
 @dataclass(frozen=True)
@@ -191,8 +183,8 @@ def print_heat_map(
         f"{'bold ' * (step >= BOLD_STEP)}{text_colour(colour)} on {colour}" if step else ""
         for step, colour in enumerate(LIGHT if is_light else DARK)
     ]
-    console.print(Text(_plain_terminal(response.prompt), style="dim"))
-    head = Text(_plain_terminal(response.label), style="bold")
+    console.print(Text(plain_terminal(response.prompt), style="dim"))
+    head = Text(plain_terminal(response.label), style="bold")
     head.append(f"  {_nats(response.sequence_reward)} nats per token", style="bold")
     head.append("  " + _counts(tokens, response.dropped_nats), style="not bold")
     console.print(head)
@@ -202,7 +194,7 @@ def print_heat_map(
     console.print(scale.append("  ").append("not scored", style="dim underline"))
     body = Text()
     for text, value, scored in _rows(tokens):
-        shown = "".join(_segment_terminal(*segment) for segment in _segments(text))
+        shown = "".join(segment_terminal(*segment) for segment in segments(text))
         body.append(shown, style=styles[colour_step(value)] if scored else "dim underline")
     console.print(body if tokens.tokens else Text("empty response", style="dim"))
 
@@ -213,80 +205,18 @@ def _size(response: ResponseView) -> int:
 
 
 def _rows(view: TokenView) -> Iterator[tuple[str, float, bool]]:
-    return zip(_with_characters(view.tokens), view.logprobs, view.mask, strict=True)
-
-
-def _with_characters(tokens: Sequence[str]) -> Iterator[str]:
-    """Write a character that is split over tokens once more, after the byte that completes it."""
-    pending = b""
-    for token in tokens:
-        if match := _BYTE_TOKEN.fullmatch(token):
-            token = bytes([int(match[1], 16)]).decode("utf-8", "surrogateescape")
-        if token.isascii():
-            pending = b""
-            yield token
-            continue
-        shown = ""
-        for character in token:
-            shown += character
-            if not "\udc80" <= character <= "\udcff":
-                pending = b""
-                continue
-            byte = ord(character) - 0xDC00
-            pending = bytes([byte]) if byte >= 0xC0 else pending + bytes([byte])
-            try:
-                shown += pending.decode()
-                pending = b""
-            except UnicodeDecodeError:
-                continue
-        yield shown
-
-
-def _segments(token: str) -> Iterator[tuple[str, str]]:
-    """Cut a token's text into (kind, text); the kinds are the group names of `_SEGMENTS`,
-    "special" and "empty"."""
-    if _SPECIAL.fullmatch(token):
-        yield "special", token
-    elif not token:
-        yield "empty", "∅"
-    else:
-        for match in _SEGMENTS.finditer(token):
-            yield match.lastgroup or "text", match[0]
-
-
-def _chip(kind: str, text: str) -> str:
-    if kind == "bytes":
-        return " ".join(f"{ord(c) - 0xDC00:02X}" for c in text)
-    if kind == "control":
-        return f"U+{ord(text):04X}"
-    return "byte" if kind == "lost" else text
-
-
-def _segment_terminal(kind: str, text: str) -> str:
-    if kind in ("bytes", "lost", "control"):
-        return f"⟨{_chip(kind, text)}⟩"
-    return {"newline": "↵\n", "tab": "⇥\t"}.get(kind, text)
-
-
-def _segment_html(kind: str, text: str) -> str:
-    # Glyphs for line breaks and tabs are drawn by the style sheet: copied text stays the text.
-    if kind in ("bytes", "lost", "control", "empty"):
-        return f"<var>{_chip(kind, text)}</var>"
-    if kind == "spaces":
-        return f"<s>{text}</s>"
-    tags = {"newline": "<u></u>\n", "tab": "<b></b>\t", "special": f"<kbd>{escape(text)}</kbd>"}
-    return tags.get(kind) or escape(text)
+    return zip(with_characters(view.tokens), view.logprobs, view.mask, strict=True)
 
 
 @lru_cache(maxsize=1 << 16)
 def _token_html(token: str) -> str:
-    return "".join(_segment_html(*segment) for segment in _segments(token))
+    return "".join(segment_html(*segment) for segment in segments(token))
 
 
 @lru_cache(maxsize=1 << 16)
 def _mask_reason(token: str) -> str:
     """Why a token is probably masked, as far as its text tells: a key of the page's own table."""
-    kinds = {kind for kind, _ in _segments(token)}
+    kinds = {kind for kind, _ in segments(token)}
     if kinds & {"special", "empty"}:
         return "special"
     return "part" if kinds & {"bytes", "lost"} else "other" if token.strip() else "blank"
@@ -357,12 +287,8 @@ def _palette_css(colours: Sequence[str]) -> str:
     return "".join(f"i.{step}{{background:{c};color:{text_colour(c)}}}" for step, c in pairs)
 
 
-def _plain_terminal(text: str) -> str:
-    return re.sub(f"[{_CONTROLS}]", "\ufffd", text)
-
-
 def _plain(text: str) -> str:
-    return escape(_plain_terminal(text))
+    return escape(plain_terminal(text))
 
 
 def _nats(value: float, digits: int = 3) -> str:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cme_reward import report
+from cme_reward import _glyphs, report
 from cme_reward.errors import InputError
 from cme_reward.report import ResponseView, TokenView, colour_step, print_heat_map, render_html
 
@@ -186,7 +186,7 @@ PLAIN_TEXT = st.text(
     st.characters(exclude_categories=("Cs", "Cc", "Cf", "Cn", "Zl", "Zp"), exclude_characters="�")
     | st.sampled_from("<>&\"'\n\t  "),
     min_size=1,
-).filter(lambda s: not report._SPECIAL.fullmatch(s) and not report._BYTE_TOKEN.fullmatch(s))
+).filter(lambda s: not _glyphs._SPECIAL.fullmatch(s) and not _glyphs._BYTE_TOKEN.fullmatch(s))
 
 
 @given(st.lists(PLAIN_TEXT, min_size=1, max_size=5))

@@ -1,0 +1,87 @@
+"""How a token's text is made visible: white space, bytes and controls as glyphs and chips."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+
+_SPECIAL = re.compile(
+    r"<\|[^<>|]+\|>|<\uff5c[^<>]+\uff5c>|</?s>|<(?:[a-z]+_of_turn|bos|eos|pad|unk)>"
+)
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Controls, bidirectional overrides and invisible format characters could hide or reorder text.
+_CONTROLS = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f"
+)
+_SEGMENTS = re.compile(
+    f"(?P<newline>\n)|(?P<tab>\t)|(?P<bytes>[\udc80-\udcff]+)|(?P<lost>\ufffd+)"
+    f"|(?P<control>[{_CONTROLS}])|(?P<spaces> {{2,}})|(?P<text>(?:(?!  )[^\n\t\ufffd{_CONTROLS}])+)"
+)
+
+
+def with_characters(tokens: Sequence[str]) -> Iterator[str]:
+    """Write a character that is split over tokens once more, after the byte that completes it."""
+    pending = b""
+    for token in tokens:
+        if match := _BYTE_TOKEN.fullmatch(token):
+            token = bytes([int(match[1], 16)]).decode("utf-8", "surrogateescape")
+        if token.isascii():
+            pending = b""
+            yield token
+            continue
+        shown = ""
+        for character in token:
+            shown += character
+            if not "\udc80" <= character <= "\udcff":
+                pending = b""
+                continue
+            byte = ord(character) - 0xDC00
+            pending = bytes([byte]) if byte >= 0xC0 else pending + bytes([byte])
+            try:
+                shown += pending.decode()
+                pending = b""
+            except UnicodeDecodeError:
+                continue
+        yield shown
+
+
+def segments(token: str) -> Iterator[tuple[str, str]]:
+    """Cut a token's text into (kind, text); the kinds are the group names of `_SEGMENTS`,
+    "special" and "empty"."""
+    if _SPECIAL.fullmatch(token):
+        yield "special", token
+    elif not token:
+        yield "empty", "∅"
+    else:
+        for match in _SEGMENTS.finditer(token):
+            yield match.lastgroup or "text", match[0]
+
+
+def _chip(kind: str, text: str) -> str:
+    if kind == "bytes":
+        return " ".join(f"{ord(c) - 0xDC00:02X}" for c in text)
+    if kind == "control":
+        return f"U+{ord(text):04X}"
+    return "byte" if kind == "lost" else text
+
+
+def segment_terminal(kind: str, text: str) -> str:
+    if kind in ("bytes", "lost", "control"):
+        return f"⟨{_chip(kind, text)}⟩"
+    return {"newline": "↵\n", "tab": "⇥\t"}.get(kind, text)
+
+
+def segment_html(kind: str, text: str) -> str:
+    # Glyphs for line breaks and tabs are drawn by the style sheet: copied text stays the text.
+    if kind in ("bytes", "lost", "control", "empty"):
+        return f"<var>{_chip(kind, text)}</var>"
+    if kind == "spaces":
+        return f"<s>{text}</s>"
+    tags = {"newline": "<u></u>\n", "tab": "<b></b>\t", "special": f"<kbd>{escape(text)}</kbd>"}
+    return tags.get(kind) or escape(text)
+
+
+def plain_terminal(text: str) -> str:
+    return re.sub(f"[{_CONTROLS}]", "\ufffd", text)
