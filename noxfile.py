@@ -1,0 +1,29 @@
+"""Test sessions in environments of their own: `nox`, `nox -s tests`, `nox -s benchmarks`.
+
+`sh scripts/test` is the plain way to run the tests; nox repeats them in a fresh environment.
+"""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["tests"]
+
+
+def install(session: nox.Session) -> None:
+    """Torch first and alone, so that no other package chooses a different build of it."""
+    session.install("-c", "constraints.txt", "torch")
+    session.install("-c", "constraints.txt", "-e", ".[dev]")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests, as `sh scripts/test`."""
+    install(session)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """The measurements and their table of ratios."""
+    install(session)
+    session.run("pytest", "benchmarks", *session.posargs)
