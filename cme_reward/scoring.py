@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from cme_reward.config import CMEConfig
 from cme_reward.errors import VerifierError
 from cme_reward.prompts import PromptFormat, prompt_key
 from cme_reward.segments import Segment
-from cme_reward.spans import SpanTable
+from cme_reward.spans import Encoded, SpanTable
 from cme_reward.verifiers.base import Verifier
 
 Float64 = NDArray[np.float64]
@@ -46,6 +47,16 @@ class SegmentScores:
     """Spent in the verifier."""
 
 
+class Shown(NamedTuple):
+    """The text of a segment as the verifier is to see it."""
+
+    lead: str
+    """White space of the template in front of it."""
+    text: str
+    ends: Int64
+    """Right ends of the generator's tokens in `text`."""
+
+
 class MemberScorer:
     """A verifier with its prompt format and spans."""
 
@@ -58,69 +69,49 @@ class MemberScorer:
 
     def score(self, segments: Sequence[Segment]) -> SegmentScores:
         """Score all segments in one call of the verifier."""
-        is_chat, end_of_turn = self.format.is_chat, self.format.end_of_turn
-        shown = [s.as_message() if is_chat else (s.text, s.ends) for s in segments]
-        leads = [self.format.lead if is_chat and not s.chat_said else "" for s in segments]
-        ids, ends, holes = self.table.encode_batch(
-            [lead + text for lead, (text, _) in zip(leads, shown, strict=True)]
-        )
+        shown = [self._shown(s) for s in segments]
+        encoded = self.table.encode_batch([lead + text for lead, text, _ in shown])
         prompts = self._prompts(segments)
-        ending = [] if end_of_turn is None or self.config.eos == "mask" else [end_of_turn]
-        with_eos = np.array([bool(ending) and s.eos is not None for s in segments], dtype=bool)
-        requests = [
-            np.append(row, ending).astype(np.int64) if eos else row
-            for row, eos in zip(ids, with_eos, strict=True)
-        ]
-        rooms = [max(0, self.max_length - len(prompt)) for prompt in prompts]
-        truncated = np.array(
-            [len(row) > room for row, room in zip(requests, rooms, strict=True)], dtype=bool
+        end_of_turn = self.format.end_of_turn if self.config.eos == "score" else None
+        with_eos_n = np.array(
+            [end_of_turn is not None and s.eos is not None for s in segments], dtype=bool
         )
-        requests = [row[:room] for row, room in zip(requests, rooms, strict=True)]
-        # A prompt that fills the context leaves nothing to ask.
-        asked = [k for k, row in enumerate(requests) if len(row)]
+        requests, truncated_n = [], np.zeros(len(segments), dtype=bool)
+        for k, row in enumerate(encoded.ids):
+            request = np.append(row, np.int64(end_of_turn or 0)) if with_eos_n[k] else row
+            room = max(0, self.max_length - len(prompts[k]))
+            truncated_n[k] = len(request) > room
+            requests.append(request[:room])
+
         started = time.perf_counter()
-        answers = self.verifier.logprobs(
-            [prompts[k] for k in asked], [requests[k].tolist() for k in asked]
-        )
+        answers = self._ask(prompts, requests, segments)
         seconds = time.perf_counter() - started
-        logprobs = self._checked(answers, requests, asked)
 
-        aligned_ends = [e - WHOLE_CHAR * len(lead) for e, lead in zip(ends, leads, strict=True)]
-        texts = [min(len(row), len(logp)) for row, logp in zip(ids, logprobs, strict=True)]
-        cells = [
-            _with_holes(logp[:n], np.maximum(e[:n], 0), np.maximum(h - WHOLE_CHAR * len(lead), 0))
-            for logp, e, h, n, lead in zip(logprobs, aligned_ends, holes, texts, leads, strict=True)
-        ]
-        generator_ends = [ends for _, ends in shown]
-        aligned = align_batch(
-            [logp for logp, _ in cells], [ends for _, ends in cells], generator_ends
-        )
-        covered = []
-        for k in range(len(segments)):
-            limit = cells[k][1][-1] if len(cells[k][1]) else 0
-            row = generator_ends[k] <= limit
-            if len(holes[k]):
-                row &= _outside(holes[k] - WHOLE_CHAR * len(leads[k]), generator_ends[k])
-            covered.append(row)
-
-        offsets = row_offsets([len(s.ends) for s in segments])
+        aligned, covered = _place(shown, encoded, answers, truncated_n)
         aligned_N = np.concatenate([np.zeros(0), *aligned])
         is_eos_N = np.zeros(len(aligned_N), dtype=bool)
-        for k in np.flatnonzero(with_eos & ~truncated).tolist():
+        offsets = row_offsets([len(s.ends) for s in segments])
+        for k in np.flatnonzero(with_eos_n & ~truncated_n).tolist():
             position = int(offsets[k]) + (segments[k].eos or 0)
             is_eos_N[position] = True
-            aligned_N[position] = logprobs[k][-1]
+            aligned_N[position] = answers[k][-1]
         return SegmentScores(
             aligned_N=aligned_N,
             covered_N=np.concatenate([np.zeros(0, dtype=bool), *covered]),
             is_eos_N=is_eos_N,
-            verifier_tokens_n=list(zip(requests, logprobs, strict=True)),
-            sums_n=np.array([logp.sum() for logp in logprobs]),
-            counts_n=np.array([len(logp) for logp in logprobs], dtype=np.int64),
-            truncated_n=truncated,
+            verifier_tokens_n=list(zip(requests, answers, strict=True)),
+            sums_n=np.array([logp.sum() for logp in answers]),
+            counts_n=np.array([len(logp) for logp in answers], dtype=np.int64),
+            truncated_n=truncated_n,
             uniform=-float(np.log(self.verifier.vocab_size)),
             seconds=seconds,
         )
+
+    def _shown(self, segment: Segment) -> Shown:
+        if not self.format.is_chat:
+            return Shown("", segment.text, segment.ends)
+        lead = "" if segment.chat_said else self.format.lead
+        return Shown(lead, *segment.as_message())
 
     def _prompts(self, segments: Sequence[Segment]) -> list[list[int]]:
         """Prompt ids of each segment; rollouts of one prompt share one rendering."""
@@ -140,33 +131,65 @@ class MemberScorer:
             prompts.append(rendered[key])
         return prompts
 
-    def _checked(
-        self, answers: Sequence[NDArray[np.float32]], requests: list[Int64], asked: list[int]
+    def _ask(
+        self,
+        prompts: list[list[int]],
+        requests: list[Int64],
+        segments: Sequence[Segment],
     ) -> list[Float64]:
-        """Log-probs of every segment, as float64, with the floor."""
+        """The verifier's log-probs of each request, checked, and raised to the floor."""
+        # A prompt that fills the context, or a segment without text, leaves nothing to ask.
+        asked = [k for k, request in enumerate(requests) if len(request)]
+        answers = self.verifier.logprobs(
+            [prompts[k] for k in asked], [requests[k].tolist() for k in asked]
+        )
+        name = self.verifier.name
         if len(answers) != len(asked):
-            raise VerifierError(
-                f"{self.verifier.name} answered {len(answers)} of {len(asked)} responses"
-            )
+            raise VerifierError(f"{name} answered {len(answers)} of {len(asked)} responses")
         logprobs = [np.zeros(0)] * len(requests)
         for k, answer in zip(asked, answers, strict=True):
-            row = np.asarray(answer, dtype=np.float64)
-            if row.shape != requests[k].shape:
+            row, request = np.asarray(answer, dtype=np.float64), requests[k]
+            if row.shape != request.shape:
                 raise VerifierError(
-                    f"{self.verifier.name} returned shape {row.shape} for response {k}; expected "
-                    f"one log-prob for each of its {len(requests[k])} verifier tokens"
+                    f"{name} returned shape {row.shape} for response {segments[k].row}; expected "
+                    f"one log-prob for each of its {len(request)} verifier tokens"
                 )
-            bad = np.flatnonzero(~np.isfinite(row))
-            if bad.size:
+            for s in np.flatnonzero(~np.isfinite(row))[:1]:
                 raise VerifierError(
-                    f"{self.verifier.name} returned {row[bad[0]]} for response {k}, verifier token "
-                    f"{bad[0]} (id {requests[k][bad[0]]}); expected a finite log-prob. A model in "
-                    "float16 can overflow: load it in bfloat16 or float32"
+                    f"{name} returned {row[s]} for response {segments[k].row}, verifier token {s} "
+                    f"(id {request[s]}); expected a finite log-prob. A model in float16 can "
+                    "overflow: load it in bfloat16 or float32"
                 )
-            if self.config.logprob_floor is not None:
-                row = np.maximum(row, self.config.logprob_floor)
-            logprobs[k] = row
+            floor = self.config.logprob_floor
+            logprobs[k] = row if floor is None else np.maximum(row, floor)
         return logprobs
+
+
+def _place(
+    shown: list[Shown],
+    encoded: Encoded,
+    answers: list[Float64],
+    truncated_n: NDArray[np.bool_],
+) -> tuple[list[Float64], list[NDArray[np.bool_]]]:
+    """Log-probs on each segment's generator tokens, and whether these are covered."""
+    logprobs, verifier_ends, covered = [], [], []
+    for (lead, _, ends_T), ends_S, holes, answer, truncated in zip(
+        shown, encoded.ends, encoded.holes, answers, truncated_n, strict=True
+    ):
+        if lead:
+            ends_S = np.maximum(ends_S - WHOLE_CHAR * len(lead), 0)
+            holes = np.maximum(holes - WHOLE_CHAR * len(lead), 0)
+        n = min(len(ends_S), len(answer))  # the end of turn has no text
+        covered_T = np.ones(len(ends_T), dtype=bool)
+        if truncated:
+            covered_T = ends_T <= ends_S[:n][-1:].sum()
+        if len(holes):
+            covered_T &= _outside(holes, ends_T)
+        logp_S, ends_S = _with_holes(answer[:n], ends_S[:n], holes)
+        logprobs.append(logp_S)
+        verifier_ends.append(ends_S)
+        covered.append(covered_T)
+    return align_batch(logprobs, verifier_ends, [ends_T for _, _, ends_T in shown]), covered
 
 
 def _with_holes(logp_S: Float64, ends_S: Int64, holes: Int64) -> tuple[Float64, Int64]:
