@@ -19,21 +19,23 @@ def repetition(ids: Sequence[Int64], n: int = 4) -> float:
     """
     flat, offsets = flatten(ids, np.int64)
     lengths = np.diff(offsets)
-    counts = np.maximum(lengths - n + 1, 0)
-    if not counts.any():
-        return 0.0
-    rows = np.repeat(np.arange(len(ids)), counts)
-    starts = np.arange(len(rows)) + np.repeat(offsets[:-1] - (np.cumsum(counts) - counts), counts)
-    # n-grams as 64-bit polynomial hashes of row and ids; sorting numbers is far cheaper than sets.
-    hashes = rows.astype(np.uint64)
+    rows = np.repeat(np.arange(len(ids), dtype=np.uint64), lengths)
+    n_windows = max(0, len(flat) - n + 1)
+    # n-grams as 64-bit hashes of row and ids, the row in the leading bits: sorting
+    # numbers is far cheaper than sets, and than argsort.
+    hashes = rows[:n_windows]
     for k in range(n):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + flat[starts + k].astype(np.uint64)
+        hashes = (hashes + flat[k : n_windows + k].view(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         hashes ^= hashes >> np.uint64(29)
-    order = np.argsort(hashes, kind="stable")
-    repeated = np.zeros(len(rows), dtype=bool)
-    repeated[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
-    shares = np.bincount(rows, repeated, len(ids)) / np.maximum(counts, 1)
-    return float(shares.mean())
+    row_bits = np.uint64(len(ids).bit_length())
+    hashes >>= row_bits
+    hashes |= rows[:n_windows] << (np.uint64(64) - row_bits)
+    within_a_row = rows[:n_windows] == rows[n - 1 :]
+    keys = np.sort(hashes[within_a_row])
+    repeats = keys[1:][keys[1:] == keys[:-1]] >> (np.uint64(64) - row_bits)
+    counts = np.maximum(lengths - n + 1, 1)
+    shares = np.bincount(repeats.astype(np.int64), minlength=len(ids)) / counts
+    return float(shares.mean()) if len(ids) else 0.0
 
 
 def length_correlation(sequence_rewards: Float64, lengths: Float64) -> float:

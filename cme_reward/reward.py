@@ -198,10 +198,10 @@ class CrossModelEntropy:
             for b, position in last.items():
                 rewards[position] = sequence[b]
         return CMEBatch(
-            token_rewards=_pad(rewards, offsets).float(),
+            token_rewards=_pad(rewards.astype(np.float32), offsets),
             mask=_pad(scored, offsets),
             sequence_rewards=torch.from_numpy(sequence).float(),
-            token_logprobs=_pad(logprobs, offsets).float(),
+            token_logprobs=_pad(logprobs.astype(np.float32), offsets),
             dropped_nats=torch.from_numpy(dropped).float(),
             verifier_tokens=_verifier_tokens(scores[0], row_of_segment, n_rows),
             metrics=metrics,

@@ -69,6 +69,7 @@ def split_turns(
     pieces = [row[i:j] for row, bounds in zip(ids, runs, strict=True) for i, j in bounds]
     decoded = iter(zip(*table.decode_batch(pieces), strict=True))
     segments = []
+    ends_of_turn = set(eos_ids.tolist())
     for b, bounds in enumerate(runs):
         chat_prompt, chat_said, said = prompts[b], "", ""
         previous = 0
@@ -100,7 +101,7 @@ def split_turns(
                     text=text,
                     ends=ends,
                     kinds=kinds,
-                    eos=_turn_end(ids[b][start:stop], kinds, eos_ids),
+                    eos=_turn_end(ids[b][start:stop], kinds, ends_of_turn),
                     dummy_space=table.dummy_prefix and text.startswith(" "),
                 )
             )
@@ -127,9 +128,8 @@ def _environment(
     return texts[0], False, reader.messages(marked_up)
 
 
-def _turn_end(ids: Int64, kinds: NDArray[np.uint8], eos_ids: Int64) -> int | None:
+def _turn_end(ids: Int64, kinds: NDArray[np.uint8], eos_ids: set[int]) -> int | None:
     """The first EOS among the special tokens after the text (what follows it is padding)."""
     with_text = np.flatnonzero(kinds != NO_TEXT)
     after = int(with_text[-1]) + 1 if with_text.size else 0
-    found = np.flatnonzero(np.isin(ids[after:], eos_ids))
-    return after + int(found[0]) if found.size else None
+    return next((t for t, i in enumerate(ids[after:].tolist(), after) if i in eos_ids), None)

@@ -19,6 +19,7 @@ from cme_reward._pieces import (
     NO_TEXT,
     TEXT,
     UNFINISHED,
+    Pieces,
     build_pieces,
     gather,
     plain_backend,
@@ -154,9 +155,11 @@ class SpanTable:
         bounds, byte_bounds = offsets.tolist(), byte_offsets.tolist()
         data = raw.tobytes()
         for b in range(len(batch)):
-            if b not in awkward:
+            try:
                 texts.append(data[byte_bounds[b] : byte_bounds[b + 1]].decode())
                 continue
+            except UnicodeDecodeError:
+                awkward.discard(b)
             row = slice(bounds[b], bounds[b + 1])
             text, positions, shown = decode_bytes(
                 raw[byte_bounds[b] : byte_bounds[b + 1]], n_bytes[row], pieces.is_byte[ids[row]]
@@ -166,6 +169,11 @@ class SpanTable:
             kinds[row] = _kinds(text, ends[row], n_bytes[row] > 0)
             kinds[row][(byte_ends > shown) & (n_bytes[row] > 0)] = UNFINISHED
             texts.append(text)
+        if awkward:  # parts of characters, all of which are completed
+            at, row_starts = _tokens_of(sorted(awkward), offsets)
+            text, along = _along(pieces, ids[at])
+            ends[at] = _row_cumsum(np.diff(along, prepend=0), row_starts)
+            kinds[at] = _kinds(text, along, n_bytes[at] > 0)
         return Decoded(texts, split(ends, offsets), split(kinds, offsets))
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
@@ -192,16 +200,10 @@ class SpanTable:
             byte_offsets = _boundaries(n_bytes, offsets)
             proved = _same_rows(raw.tobytes(), byte_offsets, raw_texts)
             ends = _row_cumsum(pieces.width[ids], offsets)
-            for b in _rows_with(~pieces.whole[ids], offsets):
-                if proved[b]:
-                    row = slice(int(offsets[b]), int(offsets[b + 1]))
-                    _, positions, _ = decode_bytes(
-                        raw[byte_offsets[b] : byte_offsets[b + 1]],
-                        n_bytes[row],
-                        pieces.is_byte[ids[row]],
-                        final=True,
-                    )
-                    ends[row] = positions[np.cumsum(n_bytes[row])]
+            awkward = [b for b in sorted(_rows_with(~pieces.whole[ids], offsets)) if proved[b]]
+            if awkward:
+                at, row_starts = _tokens_of(awkward, offsets)
+                ends[at] = _row_cumsum(np.diff(_along(pieces, ids[at])[1], prepend=0), row_starts)
         encoded = Encoded(split(ids, offsets), split(ends, offsets), [_NO_HOLES] * len(texts))
         unproved = [b for b, row_proved in enumerate(proved) if not row_proved]
         with_offsets = self._backend.encode_batch(
@@ -250,6 +252,20 @@ def _row_cumsum(widths: Int64, offsets: Int64) -> Int64:
     return total[1:] - np.repeat(total[offsets[:-1]], np.diff(offsets))
 
 
+def _tokens_of(rows: list[int], offsets: Int64) -> tuple[Int64, Int64]:
+    """Flat positions of the tokens of these rows, and the row offsets among them."""
+    lengths = np.diff(offsets)[rows]
+    starts = row_offsets(lengths)
+    return np.arange(starts[-1]) + np.repeat(offsets[rows] - starts[:-1], lengths), starts
+
+
+def _along(pieces: Pieces, ids: Int64) -> tuple[str, Int64]:
+    """Text and right ends of rows of whole characters, one row after the other."""
+    raw, n_bytes = gather(pieces, ids)
+    text, positions, _ = decode_bytes(raw, n_bytes, pieces.is_byte[ids])
+    return text, positions[np.cumsum(n_bytes)]
+
+
 def _rows_with(flags: NDArray[np.bool_], offsets: Int64) -> set[int]:
     at = np.flatnonzero(flags)
     return set(np.unique(np.searchsorted(offsets, at, side="right") - 1).tolist())
@@ -266,9 +282,14 @@ def _same_rows(data: bytes, byte_offsets: Int64, raw_texts: list[bytes]) -> NDAr
     )
 
 
+# By code point; U+3000 is the last white space there is.
+_IS_INK = np.array([not chr(code).isspace() for code in range(0x3002)])
+
+
 def _kinds(text: str, ends: Int64, written: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Kinds of tokens by the characters they touch; `written` is False for special tokens."""
     starts = np.concatenate([ends[:1] * 0, ends[:-1]])
-    inked = row_offsets(np.array([not char.isspace() for char in text], dtype=np.int64))
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    inked = row_offsets(_IS_INK[np.minimum(codes, len(_IS_INK) - 1)])
     touched = inked[-(-ends // WHOLE_CHAR)] - inked[starts // WHOLE_CHAR]
     return np.select([~written, touched > 0], [NO_TEXT, TEXT], BLANK).astype(np.uint8)
