@@ -19,7 +19,7 @@ from cme_reward.segments import split_turns
 from cme_reward.spans import UNFINISHED
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 SAMPLES = {
     "English": "She sold twelve pens, kept three, and wondered whether that was unreasonable.",
@@ -152,7 +152,9 @@ class PairCheck:
         bad = [sample.name for sample in self.samples if not sample.exact]
         if not bad:
             return f"aligned exactly on all {len(self.samples)} samples"
-        return f"not exact on {len(bad)} of {len(self.samples)} samples: {', '.join(bad)}"
+        more = f" and {len(bad) - 4} more" if len(bad) > 5 else ""
+        named = ", ".join(bad[:4] if more else bad)
+        return f"not exact on {len(bad)} of {len(self.samples)} samples: {named}{more}"
 
 
 class Uniform:
@@ -306,68 +308,3 @@ def _kind(tokenizer: Any) -> str:
         kind = model
     normaliser = backend.normalizer
     return kind if normaliser is None else f"{kind}, normaliser {type(normaliser).__name__}"
-
-
-def show(found: PairCheck, console: Console) -> None:
-    """Print all of it, for a terminal of 80 columns or more."""
-    from rich.table import Table
-    from rich.text import Text
-
-    sides = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("", "generator", "verifier"):
-        sides.add_column(heading, overflow="fold")
-    for what in _SIDE_ROWS:
-        values = [getattr(side, what) for side in (found.generator, found.verifier)]
-        sides.add_row(_SIDE_ROWS[what], *(Text(_shown(value)) for value in values))
-    console.print(sides)
-
-    samples = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    samples.add_column("\ntext", no_wrap=True)
-    for heading in ("generator\ntokens", "verifier\ntokens", "aligned\nexactly"):
-        samples.add_column(heading, justify="right")
-    for heading in ("tokens with\na reward", "log-prob\ndropped"):
-        samples.add_column(heading, justify="right")
-    samples.add_column("\nremarks")
-    for sample in found.samples:
-        samples.add_row(
-            sample.name,
-            str(sample.generator_tokens),
-            str(sample.verifier_tokens),
-            "yes" if sample.exact else Text("no", style="bold red"),
-            f"{sample.rewarded:.0%}",
-            f"{sample.dropped:.0%}",
-            Text("; ".join(sample.notes)),
-        )
-    console.print()
-    console.print(samples)
-    console.print(
-        "\nTokens that are only white space, or only part of a character cut off at the end, have "
-        "no reward; dropped is the share of the log-probability that lies on them, were each "
-        "verifier token as likely as the next.",
-        style="dim",
-    )
-    for warning in found.warnings():
-        console.print(Text(f"\nNote: {warning}", style="yellow"))
-    console.print()
-    console.print(Text(found.verdict(), style="bold green" if found.exact else "bold red"))
-
-
-_SIDE_ROWS = {
-    "name": "",
-    "kind": "kind",
-    "vocabulary": "vocabulary",
-    "bos": "begin of text (BOS)",
-    "eos": "end of text (EOS)",
-    "end_of_turn": "end of turn",
-    "chat_template": "chat template",
-    "generation_prompt": "starts a response with",
-    "system_role": "system role",
-}
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return value.replace("\n", "\\n") if value else "-"

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from cme_reward.errors import InputError
 
 if TYPE_CHECKING:
     from cme_reward.prompts import Prompt
-    from cme_reward.reward import CrossModelEntropy
 
 
 @dataclass
@@ -34,21 +32,6 @@ class Row:
     ids: list[int] | None
     mask: list[bool] | None
     policy: list[float] | None
-
-
-@dataclass
-class Scored:
-    """A row and its rewards: one list entry per generator token."""
-
-    row: Row
-    tokens: list[str]
-    token_rewards: list[float]
-    token_logprobs: list[float]
-    mask: list[bool]
-    sequence_reward: float
-    dropped_nats: float
-    verifier_tokens: tuple[Any, Any]
-    """The verifier's ids and log-probs, as arrays."""
 
 
 @dataclass
@@ -141,75 +124,6 @@ def batches(rows: Iterable[Row | Bad], size: int) -> Iterator[list[Row | Bad]]:
         yield batch
 
 
-def score_rows(
-    scorer: CrossModelEntropy, rows: list[Row], counts: Counter[str], eos_id: int | None = None
-) -> Iterator[Scored | Bad]:
-    """Score rows in one call; where that fails, in halves, until the row to blame stands alone.
-
-    Args:
-        scorer: the reward.
-        rows: what to score.
-        counts: `truncated`, the responses that do not fit the verifier's context, is added to.
-        eos_id: put after responses given as text. None: nothing is.
-    """
-    try:
-        yield from _score(scorer, rows, counts, eos_id) if rows else ()
-    except Exception as error:  # whatever a template, a tokenizer or a model raises for one row
-        if len(rows) == 1:
-            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            yield Bad(rows[0].line, f"{kind}{error}")
-        else:
-            half = len(rows) // 2
-            yield from score_rows(scorer, rows[:half], counts, eos_id)
-            yield from score_rows(scorer, rows[half:], counts, eos_id)
-
-
-def _score(
-    scorer: CrossModelEntropy, rows: list[Row], counts: Counter[str], eos_id: int | None
-) -> list[Scored]:
-    texts = [row.response for row in rows if row.response is not None]
-    encoded = iter(scorer.table.encode_batch(texts).ids)
-    ending = [] if eos_id is None else [eos_id]
-    ids = [next(encoded).tolist() + ending if row.ids is None else row.ids for row in rows]
-    masks = [row.mask or [True] * len(i) for row, i in zip(rows, ids, strict=True)]
-    batch = scorer(
-        [row.prompt for row in rows],
-        ids,
-        masks if any(row.mask for row in rows) else None,
-        [row.policy for row in rows] if scorer.config.baseline == "policy" else None,
-    )
-    counts["truncated"] += int(batch.metrics["truncated"])
-    return [
-        Scored(
-            row=row,
-            tokens=scorer.table.tokens(i),
-            token_rewards=batch.token_rewards[b, : len(i)].tolist(),
-            token_logprobs=batch.token_logprobs[b, : len(i)].tolist(),
-            mask=batch.mask[b, : len(i)].tolist(),
-            sequence_reward=float(batch.sequence_rewards[b]),
-            dropped_nats=float(batch.dropped_nats[b]),
-            verifier_tokens=batch.verifier_tokens[b],
-        )
-        for b, (row, i) in enumerate(zip(rows, ids, strict=True))
-    ]
-
-
-def dump(scored: Scored) -> bytes:
-    """A line of output: the fields of the input, with the rewards after or in place of them."""
-    fields = {
-        **scored.row.fields,
-        "sequence_reward": _rounded(scored.sequence_reward),
-        "token_rewards": [_rounded(reward) for reward in scored.token_rewards],
-        "mask": scored.mask,
-        "tokens": scored.tokens,
-        "dropped_nats": _rounded(scored.dropped_nats),
-    }
-    try:
-        return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair in a field that is only passed on
-        return json.dumps(fields, allow_nan=False).encode() + b"\n"
-
-
 def partial_path(path: Path) -> Path:
     """Where the output lies until it is complete."""
     path = path.resolve()  # a link stays a link
@@ -241,11 +155,6 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         if partial.exists() and not partial.stat().st_size:
             partial.unlink()
-
-
-def _rounded(value: float) -> float:
-    """To six significant digits, about what float32 holds; never a negative zero."""
-    return float(f"{value:.6g}") + 0.0
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
