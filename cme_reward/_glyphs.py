@@ -21,12 +21,15 @@ _SEGMENTS = re.compile(
 )
 
 
+def _byte(match: re.Match[str]) -> str:
+    return bytes([int(match[1], 16)]).decode("utf-8", "surrogateescape")
+
+
 def with_characters(tokens: Sequence[str]) -> Iterator[str]:
     """Write a character that is split over tokens once more, after the byte that completes it."""
     pending = b""
     for token in tokens:
-        if match := _BYTE_TOKEN.fullmatch(token):
-            token = bytes([int(match[1], 16)]).decode("utf-8", "surrogateescape")
+        token = _BYTE_TOKEN.sub(_byte, token)
         if token.isascii():
             pending = b""
             yield token

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,22 +114,15 @@ def as_view(scored: Scored, scorer: CrossModelEntropy) -> ResponseView:
         prompt = "\n\n".join(f"{m['role']}: {m.get('content') or ''}" for m in prompt)
     name = scored.row.fields.get("id")
     ids, logprobs = scored.verifier_tokens
-    texts = [_with_bytes(token) for token in scorer.members[0].table.tokens(ids)]
+    texts = scorer.members[0].table.tokens(ids)
     return ResponseView(
         prompt=prompt,
         label=str(name) if isinstance(name, str | int) else f"line {scored.row.line}",
         sequence_reward=scored.sequence_reward,
-        generator=TokenView(
-            list(map(_with_bytes, scored.tokens)), scored.token_logprobs, scored.mask
-        ),
+        generator=TokenView(scored.tokens, scored.token_logprobs, scored.mask),
         verifier=TokenView(texts, logprobs.tolist(), [True] * len(texts)),
         dropped_nats=scored.dropped_nats,
     )
-
-
-def _with_bytes(token: str) -> str:
-    """`<0xF0><0x9F>` as the bytes it stands for, in the form that pictures take."""
-    return re.sub(r"<0x([89A-F][0-9A-F])>", lambda byte: chr(0xDC00 + int(byte[1], 16)), token)
 
 
 def write_html(

@@ -95,6 +95,13 @@ class MemberScorer:
             position = int(offsets[k]) + (segments[k].eos or 0)
             is_eos_N[position] = True
             aligned_N[position] = answers[k][-1]
+        # Tokens that hold nothing but the template's white space are no part of the response.
+        own_n = [
+            slice(int(np.count_nonzero(ends_S <= WHOLE_CHAR * len(lead))) if lead else 0, None)
+            for (lead, _, _), ends_S in zip(shown, encoded.ends, strict=True)
+        ]
+        requests = [row[own] for row, own in zip(requests, own_n, strict=True)]
+        answers = [row[own] for row, own in zip(answers, own_n, strict=True)]
         return SegmentScores(
             aligned_N=aligned_N,
             covered_N=np.concatenate([np.zeros(0, dtype=bool), *covered]),

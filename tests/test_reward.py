@@ -271,16 +271,22 @@ def test_the_space_of_a_dummy_prefix_is_text_in_a_story_and_not_in_a_message() -
         )
 
 
-def test_a_template_that_writes_a_space_before_the_answer() -> None:
+@pytest.mark.parametrize(
+    ("answer", "own"), [("the", slice(None)), ("42", slice(1, None))], ids=["merged", "alone"]
+)
+def test_a_template_that_writes_a_space_before_the_answer(answer: str, own: slice) -> None:
+    """The verifier reads "▁the", or "▁" and "4" and "2"; a "▁" alone is none of the answer."""
     generator = load_tokenizer("byte-level")
     stub = TableVerifier(with_template("sentencepiece", LLAMA2))
     cme = CrossModelEntropy(stub, generator, KEEP)
-    ids = cme.table.encode("she")[0].tolist()
+    ids = cme.table.encode(answer)[0].tolist()
     batch = cme(["p"], [ids])
-    assert SpanTable(stub.tokenizer).decode(stub.responses[0])[0] == " she"
-    shown = logprob_of(np.array(stub.responses[0])).sum()
-    lost = batch.dropped_nats.item()  # of a "▁" that stands alone
-    assert batch.token_rewards.sum().item() == pytest.approx(shown + lost)
+    assert SpanTable(stub.tokenizer).decode(stub.responses[0])[0] == " " + answer
+    logp = logprob_of(np.array(stub.responses[0]))[own]
+    assert batch.token_rewards.sum().item() == pytest.approx(logp.sum())
+    assert batch.sequence_rewards.item() == pytest.approx(logp.mean())
+    assert batch.dropped_nats.item() == pytest.approx(0)
+    assert batch.verifier_tokens[0][1].tolist() == logp.tolist()
 
 
 def test_the_floor_and_the_policy_baseline() -> None:
