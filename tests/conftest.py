@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
-from collections.abc import Callable
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,14 +79,17 @@ def _sentencepiece(name: str, *, dummy_prefix: bool) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence(
         [*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps
     )
-    # Without the rarer scripts, whose characters then fall back to bytes.
+    # Without the rarer characters, which then fall back to bytes. Left to the trainer
+    # (`limit_alphabet`), ties between them would fall differently in every run.
+    texts = [text.replace(" ", "▁") for text in TEXTS[:7]]
+    common = {char for char, _ in Counter("".join(texts)).most_common(90)}
+    kept = ["".join(char for char in text if char in common) for text in texts]
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)],
-        limit_alphabet=90,
         show_progress=False,
     )
-    backend.train_from_iterator([t.replace(" ", "▁") for t in TEXTS[:7]] * 4, trainer)
+    backend.train_from_iterator(kept * 4, trainer)
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         token["special"] = not token["content"].startswith("<0x")
@@ -91,42 +97,65 @@ def _sentencepiece(name: str, *, dummy_prefix: bool) -> PreTrainedTokenizerFast:
     return _fast(Tokenizer.from_str(json.dumps(state)), name, bos_token="<s>", eos_token="</s>")
 
 
+def _substrings(words: Iterable[str], n: int) -> Counter[str]:
+    """All characters of the words and their n most frequent longer substrings, with counts.
+
+    In place of these kinds' own trainers, which make another vocabulary in every run.
+    """
+    counts = Counter(
+        word[i:j] for word in words for i in range(len(word)) for j in range(i + 1, len(word) + 1)
+    )
+    longer = Counter({piece: count for piece, count in counts.items() if len(piece) > 1})
+    single = Counter({piece: count for piece, count in counts.items() if len(piece) == 1})
+    return Counter(single | dict(longer.most_common(n)))
+
+
 def _unigram(name: str) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.Unigram())
+    words = unicodedata.normalize("NFKC", " ".join(TEXTS[:6])).split()
+    counts = _substrings((f"▁{word}" for word in words), 300)
+    scores = [(piece, math.log(n / counts.total())) for piece, n in counts.items()]
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *scores], unk_id=0))
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre.Sequence([pre.WhitespaceSplit(), pre.Metaspace()])
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
-    )
-    backend.train_from_iterator(TEXTS[:6], trainer)
+    backend.add_special_tokens(["<unk>", "</s>"])
     return _fast(backend, name, unk_token="<unk>", eos_token="</s>")
 
 
 def _wordpiece(name: str) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre.BertPreTokenizer()
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre.BertPreTokenizer()
+    text = normalizer.normalize_str(" ".join(TEXTS[:6]))
+    pieces = _substrings((word for word, _ in pre_tokenizer.pre_tokenize_str(text)), 200)
+    vocab = ["[UNK]", "[SEP]", *pieces, *(f"##{piece}" for piece in pieces)]
+    backend = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocab)}, unk_token="[UNK]"))
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[UNK]", "[SEP]"], show_progress=False
-    )
-    backend.train_from_iterator(TEXTS[:6], trainer)
+    backend.add_special_tokens(["[UNK]", "[SEP]"])
     return _fast(backend, name, unk_token="[UNK]", sep_token="[SEP]")
 
 
 def _suffix(name: str) -> PreTrainedTokenizerFast:
     """BPE with an end-of-word suffix: its decoder drops the last space, so no byte table holds."""
-    backend = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
+    words = " ".join(TEXTS).split()
+    pairs = Counter(word[i : i + 2] for word in words for i in range(len(word) - 1))
+    common = [pair for pair, _ in pairs.most_common(100)]
+    merges = [(a, b + end) for end in ("</w>", "") for a, b in common]
+    characters = dict.fromkeys("".join(words))
+    vocab = [
+        "<unk>", *characters, *(f"{c}</w>" for c in characters),
+        *(a + b for a, b in merges),
+    ]  # fmt: skip
+    model = models.BPE(
+        {token: i for i, token in enumerate(vocab)},
+        merges,
+        end_of_word_suffix="</w>",
+        unk_token="<unk>",
+    )
+    backend = Tokenizer(model)
     backend.pre_tokenizer = pre.Split(Regex(r"\s+"), "removed")
     backend.decoder = decoders.BPEDecoder("</w>")
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<unk>"],
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS, trainer)
+    backend.add_special_tokens(["<unk>"])
     return _fast(backend, name, unk_token="<unk>")
 
 

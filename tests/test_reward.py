@@ -57,7 +57,7 @@ def test_equals_the_naive_pipeline_and_conserves(
     text: str, cut: int, extra: list[int], verifier: str
 ) -> None:
     """Cut and re-split ids with stray bytes and special tokens among them, against loops."""
-    cme, stub, table = reward("bytes", verifier, KEEP)
+    cme, stub, table = reward("bytes", verifier, CMEConfig(whitespace="keep", eos="mask"))
     ids = [*sampled(table, text)[cut:], *extra, *sampled(table, text)[:cut]]
     batch = cme(["p"], [ids])
     shown, ends = table.decode(ids)
@@ -272,10 +272,12 @@ def test_the_space_of_a_dummy_prefix_is_text_in_a_story_and_not_in_a_message() -
 
 
 @pytest.mark.parametrize(
-    ("answer", "own"), [("the", slice(None)), ("42", slice(1, None))], ids=["merged", "alone"]
+    ("answer", "own"),
+    [("happiness of ", slice(None)), ("42", slice(1, None))],
+    ids=["merged", "alone"],
 )
 def test_a_template_that_writes_a_space_before_the_answer(answer: str, own: slice) -> None:
-    """The verifier reads "▁the", or "▁" and "4" and "2"; a "▁" alone is none of the answer."""
+    """The verifier reads "▁happiness▁of▁", or "▁", "4" and "2", where "▁" is none of the answer."""
     generator = load_tokenizer("byte-level")
     stub = TableVerifier(with_template("sentencepiece", LLAMA2))
     cme = CrossModelEntropy(stub, generator, KEEP)
