@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ SPECS = {
     "embedded": "the small model shipped with this package; for trying things out, works offline",
     "hf:NAME_OR_PATH": "a causal language model of transformers, in this process",
     "random:NAME_OR_PATH": "the same architecture, untrained: the paper's control",
+    "vllm:URL[,URL...]": "a model that vLLM servers run",
+    "sglang:URL[,URL...]": "a model that SGLang servers run",
     "SPEC+SPEC": "an ensemble: the mean of the aligned log-probs",
 }
 
@@ -24,10 +27,12 @@ def load_verifier(spec: str, **options: Any) -> Verifier | Ensemble:
     """The verifier that a spec names.
 
     Args:
-        spec: `"embedded"`, `"hf:NAME_OR_PATH"`, `"random:NAME_OR_PATH"`, or several of these
-            joined by `+`.
+        spec: `"embedded"`, `"hf:NAME_OR_PATH"`, `"random:NAME_OR_PATH"`, `"vllm:URL"`,
+            `"sglang:URL"` (several replicas: URLs joined by commas), or several of these joined
+            by `+`.
         options: for `hf:` the keywords of `TransformersVerifier.from_pretrained` (`dtype`,
-            `device`, `batch_tokens`, ...), for `random:` those of `from_config`.
+            `device`, `batch_tokens`, ...), for `random:` those of `from_config`, for `vllm:` and
+            `sglang:` those of `EndpointVerifier` (`tokenizer`, `model`, `concurrency`, ...).
 
     Raises:
         VerifierError: for an unknown spec (lists the known ones), or a model that does not load.
@@ -70,4 +75,15 @@ def _embedded(**options: Any) -> Verifier:
     )
 
 
-_LOADERS: dict[str, Callable[..., Verifier]] = {"hf": _hf, "random": _random}
+def _endpoint(engine: str, urls: str, **options: Any) -> Verifier:
+    from cme_reward.verifiers.endpoint import EndpointVerifier  # needs httpx
+
+    return EndpointVerifier(engine, [url.strip() for url in urls.split(",")], **options)
+
+
+_LOADERS: dict[str, Callable[..., Verifier]] = {
+    "hf": _hf,
+    "random": _random,
+    "vllm": partial(_endpoint, "vllm"),
+    "sglang": partial(_endpoint, "sglang"),
+}
