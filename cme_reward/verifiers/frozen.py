@@ -1,25 +1,39 @@
 """Exact response log-probs of a frozen causal language model, without its waste.
 
 A cached prefix continues in several responses, the head sees response positions only, and it
-sees them a few hundred rows at a time, so that no tensor grows with vocabulary x length. Logits
-always come out of the model's own head code: many models soft-cap or scale them, and
-``hidden @ W.T`` is then wrong by whole nats. What cannot be shown to agree with a plain forward
-pass when the model is loaded is not used.
+sees them a few hundred rows at a time, so that no tensor grows with vocabulary x length. What
+cannot be shown to agree with a plain forward pass when the model is loaded is not used.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
 from cme_reward.errors import ConfigError
+from cme_reward.verifiers.head import (
+    float32_forward,
+    gather_logprobs,
+    head_logits,
+    replaced_forward,
+)
 
 logger = logging.getLogger(__name__)
+
+# Each kind of pass (prefix or not, one row or several, windows full or not) is compiled by itself,
+# and with a limit shared by all models of the process the second one would not be compiled.
+_LIMITS: dict[str, Any] = {
+    key: value
+    for key, value in {"recompile_limit": 64, "isolate_recompiles": True}.items()
+    if key in inspect.signature(torch.compile).parameters
+}
 
 
 class FrozenModel:
@@ -28,19 +42,39 @@ class FrozenModel:
     Call it under ``torch.inference_mode()``. `vocab_size` is the number of ids it knows,
     `shares` tells whether responses may continue a cached prefix, and `alone` whether each
     response needs a forward pass of its own.
+
+    `float32_head` leaves out the rounding of half-precision logits, and `backend` is the
+    compiler of ``torch.compile`` for the body, None for none: both are asked for, so that a
+    model that they do not fit is a ConfigError.
     """
 
-    def __init__(self, model: Any, name: str, *, head_rows: int, probe_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        *,
+        head_rows: int,
+        probe_length: int,
+        float32_head: bool = False,
+        backend: str | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.head_rows = head_rows
-        self.device = model.get_input_embeddings().weight.device
+        self.float32_head = False
+        self.device = input_device(model)
         with torch.inference_mode():
-            self._choose_shortcuts(min(12, probe_length))
+            probe = np.arange(min(12, probe_length))[None] * 7919
+            ids_1T = self._tensor(probe % model.get_input_embeddings().weight.shape[0])
+            self._choose_shortcuts(ids_1T)
+            if float32_head:
+                self._use_float32_head(ids_1T)
+            if backend is not None:
+                self._compile(backend, ids_1T)
 
     def prefix(self, ids: np.ndarray) -> Any:
         """The cache after reading `ids`, for `logprobs`, which leaves it as it is."""
-        return self.body(self._tensor(ids[None]), use_cache=True).past_key_values
+        return self.run_body(self._tensor(ids[None]), use_cache=True).past_key_values
 
     def logprobs(
         self, contexts: Sequence[np.ndarray], responses: Sequence[np.ndarray], cache: Any = None
@@ -58,13 +92,13 @@ class FrozenModel:
         for b, ids in enumerate(inputs):
             ids_BT[b, : len(ids)] = ids
         if not self.splits:
-            logits_NV = self.model(self._tensor(ids_BT), use_cache=False).logits[
-                0, -len(target_N) :
-            ]
+            with self._head_in_use():
+                logits_TV = self.model(self._tensor(ids_BT), use_cache=False).logits[0]
+            logits_NV = logits_TV[-len(target_N) :]
             blocks = zip(*(x.split(self.head_rows) for x in (logits_NV, target_N)), strict=True)
             return torch.cat([gather_logprobs(*block) for block in blocks])
 
-        output = self.body(
+        output = self.run_body(
             self._tensor(ids_BT),
             past_key_values=None if cache is None else _copies(cache, len(inputs)),
             use_cache=cache is not None,
@@ -73,48 +107,42 @@ class FrozenModel:
         t_N = np.concatenate(
             [np.arange(len(c) - 1, len(ids)) for c, ids in zip(contexts, inputs, strict=True)]
         )
-        hidden_ND = output.last_hidden_state[self._tensor(b_N), self._tensor(t_N)]
+        # The body may end on another device than the one it starts on.
+        hidden_ND = output.last_hidden_state[torch.from_numpy(b_N), torch.from_numpy(t_N)]
         blocks = zip(*(x.split(self.head_rows) for x in (hidden_ND, target_N)), strict=True)
         # Nobody but the call in progress may hold on to logits: two blocks double the peak.
-        return torch.cat(
-            [
-                gather_logprobs(_head(self.model, self.body, type(output), hidden), target)
-                for hidden, target in blocks
-            ]
-        )
+        with self._head_in_use():
+            return torch.cat(
+                [
+                    gather_logprobs(
+                        head_logits(self.model, self.body, type(output), hidden), target
+                    )
+                    for hidden, target in blocks
+                ]
+            )
 
-    def _choose_shortcuts(self, probe_length: int) -> None:
-        ids_1T = self._tensor(np.arange(probe_length)[None] * 7919)
-        ids_1T %= (rows := self.model.get_input_embeddings().weight.shape[0])
+    def _choose_shortcuts(self, ids_1T: torch.Tensor) -> None:
         expected_TV = self.model(ids_1T, use_cache=False).logits[0]
+        rows = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = min(rows, expected_TV.shape[-1])
 
         def head_agrees(body: Any) -> bool:
             output = body(ids_1T, use_cache=False)
             chunks = output.last_hidden_state[0].split(5)
-            got_TV = torch.cat([_head(self.model, body, type(output), chunk) for chunk in chunks])
-            tolerance = max(1e-5, 4 * torch.finfo(got_TV.dtype).eps)
-            error = (got_TV.float() - expected_TV.float()).abs().max()
-            return bool(error <= tolerance * expected_TV.abs().max())
+            got_TV = torch.cat(
+                [head_logits(self.model, body, type(output), chunk) for chunk in chunks]
+            )
+            return _logits_agree(got_TV, expected_TV)
 
         def cache_agrees() -> bool:
-            whole_TD = self.body(ids_1T, use_cache=False).last_hidden_state[0].float()
-            start = probe_length // 2
-            cache = self.body(ids_1T[:, :start], use_cache=True).past_key_values
-            for copies in (2, 1):
-                ids = ids_1T[:, start:].expand(copies, -1)
-                output = self.body(ids, past_key_values=_copies(cache, copies), use_cache=True)
-                tail_TD = output.last_hidden_state[-1]
-                # Both are rounded differently, by much in bf16; a wrong cache is off by far more.
-                error = (tail_TD.float() - whole_TD[start:]).norm() / whole_TD[start:].norm()
-                if not error <= torch.finfo(tail_TD.dtype).eps ** 0.5:
-                    return False
-            return True
+            whole_TD = self.body(ids_1T, use_cache=False).last_hidden_state[0]
+            return self._cache_agrees(ids_1T, whole_TD)
 
         # Which of these names the body differs between models and versions of transformers.
         model = self.model
         bodies = (model.base_model, model.get_decoder(), getattr(model, "model", None))
         self.body: Any = next((b for b in bodies if self._holds(head_agrees, b)), model)
+        self.run_body = self.body
         self.splits = self.body is not model
         # Where positions are encoded by the length of the pass, companions change the result.
         self.alone = not self.splits or _length_dependent(model.config.get_text_config())
@@ -123,6 +151,70 @@ class FrozenModel:
             logger.warning("%s: one response at a time, all its logits in memory", self.name)
         elif not self.shares:
             logger.warning("%s: a prompt is run again for each of its responses", self.name)
+
+    def _cache_agrees(self, ids_1T: torch.Tensor, whole_TD: torch.Tensor) -> bool:
+        """Whether the body gives the hidden states of `whole_TD` after a cached prefix too."""
+        start = ids_1T.shape[1] // 2
+        cache = self.run_body(ids_1T[:, :start], use_cache=True).past_key_values
+        for copies in (2, 1):
+            ids = ids_1T[:, start:].expand(copies, -1)
+            output = self.run_body(ids, past_key_values=_copies(cache, copies), use_cache=True)
+            if not self._hidden_agree(output.last_hidden_state[-1], whole_TD[start:]):
+                return False
+        return True
+
+    def _hidden_agree(self, got_TD: torch.Tensor, expected_TD: torch.Tensor) -> bool:
+        """Both are rounded differently, by much in 8 or 16 bits; wrong ones are far off."""
+        quantized = getattr(self.model, "is_quantized", False)
+        eps = torch.finfo(torch.bfloat16 if quantized else got_TD.dtype).eps
+        error = (got_TD.float() - expected_TD.float()).norm() / expected_TD.float().norm()
+        return bool(error <= eps**0.5)
+
+    def _use_float32_head(self, ids_1T: torch.Tensor) -> None:
+        head = self.model.get_output_embeddings()
+        remedy = "leave head_dtype out; log-softmax is in float32 in any case"
+        plain = isinstance(head, torch.nn.Linear) and head.weight.is_floating_point()
+        if not plain or head.weight.is_meta:
+            raise ConfigError(
+                f"head_dtype='float32' needs an output layer of plain weights, and that of "
+                f"{self.name} is {type(head).__name__}: {remedy}"
+            )
+        expected_TV = self.model(ids_1T, use_cache=False).logits[0]
+        self.float32_head = True
+        with self._head_in_use():
+            got_TV = self.model(ids_1T, use_cache=False).logits[0]
+        if got_TV.dtype != torch.float32 or not _logits_agree(got_TV, expected_TV):
+            raise ConfigError(
+                f"head_dtype='float32': {self.name} does not take its logits from its output "
+                f"layer as they are (they come as {got_TV.dtype}): {remedy}"
+            )
+
+    def _head_in_use(self) -> AbstractContextManager[None]:
+        if not self.float32_head:
+            return nullcontext()
+        head = self.model.get_output_embeddings()
+        return replaced_forward(head, float32_forward(head))
+
+    def _compile(self, backend: str, ids_1T: torch.Tensor) -> None:
+        remedy = "leave compile out; everything else works without it"
+        if not self.splits:
+            raise ConfigError(f"compile: {self.name} has no body apart from its head: {remedy}")
+        whole_1TD = self.body(ids_1T, use_cache=False).last_hidden_state
+        try:
+            self.run_body = torch.compile(self.body, dynamic=True, backend=backend, **_LIMITS)
+            got_1TD = self.run_body(ids_1T, use_cache=False).last_hidden_state
+            agrees = self._hidden_agree(got_1TD, whole_1TD)
+            agrees = agrees and (not self.shares or self._cache_agrees(ids_1T, whole_1TD[0]))
+        except Exception as error:  # of many kinds, the compiler's and the C++ compiler's too
+            raise ConfigError(
+                f"compile: torch.compile(backend={backend!r}) fails on {self.name}: {remedy}. "
+                f"torch says: {str(error).strip().partition(chr(10))[0]}"
+            ) from error
+        if not agrees:
+            raise ConfigError(
+                f"compile: torch.compile(backend={backend!r}) changes the hidden states of "
+                f"{self.name} by more than rounding does: {remedy}"
+            )
 
     def _holds(self, check: Callable[..., bool], *args: Any) -> bool:
         """Whether a shortcut runs and agrees; model code may object to it in any way it likes."""
@@ -136,17 +228,10 @@ class FrozenModel:
         return torch.from_numpy(array).to(self.device)
 
 
-def gather_logprobs(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-    """``log_softmax(logits)[n, target[n]]`` in float32; the logits are overwritten.
-
-    Log-softmax in bf16 is off by 0.02 to 0.05 nats a token, hence the conversion first.
-    """
-    logits_NV = logits_NV.float()
-    target_N = target_N.to(logits_NV.device)
-    picked_N = logits_NV.gather(-1, target_N[:, None])[:, 0]
-    peak_N = logits_NV.amax(-1)
-    # In place, because another block of this size would be the peak of memory.
-    return picked_N - peak_N - logits_NV.sub_(peak_N[:, None]).exp_().sum(-1).log()
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: weights that are elsewhere until they are used say "meta"."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def length_limit(config: Any, tokenizer: Any, asked: int | None) -> int:
@@ -166,19 +251,10 @@ def length_limit(config: Any, tokenizer: Any, asked: int | None) -> int:
     return asked
 
 
-def _head(model: Any, body: Any, output_type: type, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """Logits `[N, V]` of hidden states: the model's own forward over a body that returns them."""
-    saved = body.__dict__.get("forward")
-    body.forward = lambda *args, **kwargs: output_type(last_hidden_state=hidden_ND[None])
-    try:
-        # One id per hidden state, for models that look at the shape.
-        ids_1N = torch.zeros(1, len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
-        return model(ids_1N, use_cache=False).logits[0]
-    finally:
-        if saved is None:
-            del body.forward
-        else:
-            body.forward = saved
+def _logits_agree(got_TV: torch.Tensor, expected_TV: torch.Tensor) -> bool:
+    tolerance = max(1e-5, 4 * torch.finfo(expected_TV.dtype).eps)
+    error = (got_TV.float() - expected_TV.float()).abs().max()
+    return bool(error <= tolerance * expected_TV.abs().max())
 
 
 def _copies(cache: Any, copies: int) -> Any:

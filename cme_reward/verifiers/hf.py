@@ -7,21 +7,31 @@ others in padded batches of like length.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cme_reward.errors import ConfigError, InputError, TokenizerError, VerifierError
 from cme_reward.verifiers.base import TokenIds
-from cme_reward.verifiers.frozen import FrozenModel, length_limit
+from cme_reward.verifiers.frozen import FrozenModel, input_device, length_limit
+from cme_reward.verifiers.offload import OffloadedWeights
+from cme_reward.verifiers.pretrained import choose_attention, load_trained, load_untrained
 
 # Below this saving in tokens, batching across prompts beats running a prompt on its own.
 WORTH_SHARING = 1.1
-OWN_OPTIONS = ("max_length", "batch_tokens", "head_rows", "name")
+OWN_OPTIONS = (
+    "max_length",
+    "batch_tokens",
+    "head_rows",
+    "head_dtype",
+    "compile",
+    "offload",
+    "name",
+)
 
 
 class TransformersVerifier:
@@ -35,10 +45,18 @@ class TransformersVerifier:
         batch_tokens: most tokens, padding included, in one forward pass (a single response may
             exceed it). Default: 16,384, or 512 on a CPU, where wider batches only add padding.
         head_rows: most positions whose logits exist at once, at 4 bytes x vocabulary each.
+        head_dtype: `"float32"` keeps the logits of a bf16 or fp16 output layer in float32, rather
+            than rounding them first; log-softmax is in float32 either way. Default: as the model.
+        compile: True to run the body through ``torch.compile``, or the name of a backend of it.
+            The first calls then take longer, up to minutes.
+        offload: `"between_calls"` keeps the weights in CPU memory while no call is in progress.
+            Nothing to do, and harmless, where the model runs on the CPU.
         name: how reports call this verifier.
 
+    Calls from several threads take turns.
+
     Raises:
-        ConfigError: a limit is out of range.
+        ConfigError: an option has no such value, or the model does not fit it.
         TokenizerError: the tokenizer is not a fast one.
     """
 
@@ -50,6 +68,9 @@ class TransformersVerifier:
         max_length: int | None = None,
         batch_tokens: int | None = None,
         head_rows: int = 512,
+        head_dtype: torch.dtype | str | None = None,
+        compile: bool | str = False,
+        offload: str | None = None,
         name: str | None = None,
     ) -> None:
         self.name = name or f"hf:{model.config.name_or_path or type(model).__name__}"
@@ -61,16 +82,42 @@ class TransformersVerifier:
             )
         if head_rows < 1 or (batch_tokens is not None and batch_tokens < 1):
             raise ConfigError(f"{batch_tokens=} and {head_rows=} must both be at least 1")
+        if head_dtype not in (None, "float32", torch.float32):
+            raise ConfigError(
+                f"{head_dtype=}: expected 'float32', or None to compute logits as the model does"
+            )
+        if offload not in (None, "between_calls"):
+            raise ConfigError(
+                f"{offload=}: expected 'between_calls', or None to keep the weights where they are"
+            )
+        choose_attention(model, getattr(model.config, "_attn_implementation", None))
         self.tokenizer = tokenizer
         self.max_length = length_limit(model.config, tokenizer, max_length)
         self.model = model
-        self.frozen = FrozenModel(
-            model, self.name, head_rows=head_rows, probe_length=self.max_length
-        )
+        self.resident: AbstractContextManager[Any] = nullcontext()
+        device = input_device(model)
+        if offload and device.type != "cpu":
+            self.resident = OffloadedWeights(model, device)
+        with self.resident:
+            self.frozen = FrozenModel(
+                model,
+                self.name,
+                head_rows=head_rows,
+                probe_length=self.max_length,
+                float32_head=head_dtype is not None,
+                backend=_backend(compile),
+            )
         self.vocab_size = self.frozen.vocab_size
         if batch_tokens is None:
             batch_tokens = 512 if self.frozen.device.type == "cpu" else 16_384
         self.batch_tokens = 1 if self.frozen.alone else batch_tokens
+        self._turn = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _turn=Lock())
 
     @classmethod
     def from_pretrained(
@@ -86,22 +133,22 @@ class TransformersVerifier:
         """Load model and tokenizer from the hub or from a directory.
 
         `dtype` None keeps the checkpoint's own, `device` None means the GPU if there is one.
-        Further keywords: those of the class, and what ``AutoModelForCausalLM.from_pretrained``
-        takes.
+        `attn_implementation` None is SDPA, and eager attention where SDPA would leave out a soft
+        cap; `"flash_attention_2"` and the others of transformers pass through. Further keywords:
+        those of the class, and what ``AutoModelForCausalLM.from_pretrained`` takes, such as
+        `device_map` (needs accelerate) and `quantization_config` (``{"load_in_8bit": True}`` needs
+        accelerate and bitsandbytes).
         """
         options = {key: kwargs.pop(key) for key in OWN_OPTIONS if key in kwargs}
-        if attn_implementation is not None:
-            kwargs["attn_implementation"] = attn_implementation
-        remote = {"trust_remote_code": trust_remote_code}
-        with _loading(name_or_path):
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **remote)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                name_or_path, dtype=dtype or "auto", **remote, **kwargs
-            )
-        if "device_map" not in kwargs:
-            model.to(device or _default_device())
-        options.setdefault("name", f"hf:{name_or_path}")
-        return cls(model, tokenizer, **options)
+        model, tokenizer = load_trained(
+            name_or_path,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            **kwargs,
+        )
+        return cls(model, tokenizer, **{"name": f"hf:{name_or_path}", **options})
 
     @classmethod
     def from_config(
@@ -113,30 +160,24 @@ class TransformersVerifier:
         device: torch.device | str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
-        **options: Any,
+        **kwargs: Any,
     ) -> TransformersVerifier:
         """The same architecture and tokenizer, untrained: the random-verifier control.
 
         The weights depend on `seed` alone, and torch's random state is left as it was.
         """
-        remote = {"trust_remote_code": trust_remote_code}
-        with _loading(name_or_path):
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **remote)
-            config = AutoConfig.from_pretrained(name_or_path, **remote)
-            # Weights are drawn on the CPU, so its generator is the only one to seed and restore.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(
-                    config,
-                    dtype=dtype or config.dtype,
-                    attn_implementation=attn_implementation,
-                    **remote,
-                )
-        model.to(device or _default_device())
-        options.setdefault("name", f"random:{name_or_path}")
-        return cls(model, tokenizer, **options)
+        options = {key: kwargs.pop(key) for key in OWN_OPTIONS if key in kwargs}
+        model, tokenizer = load_untrained(
+            name_or_path,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            **kwargs,
+        )
+        return cls(model, tokenizer, **{"name": f"random:{name_or_path}", **options})
 
-    @torch.inference_mode()
     def logprobs(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
     ) -> list[np.ndarray]:
@@ -151,6 +192,12 @@ class TransformersVerifier:
             VerifierError: the model gave a log-probability that is not finite.
         """
         prompts_B, responses_B = self._checked(prompts, responses)
+        with self._turn, self.resident, torch.inference_mode():
+            return self._logprobs(prompts_B, responses_B)
+
+    def _logprobs(
+        self, prompts_B: list[np.ndarray], responses_B: list[np.ndarray]
+    ) -> list[np.ndarray]:
         groups: dict[bytes, list[int]] = defaultdict(list)
         for i, response in enumerate(responses_B):
             if len(response):
@@ -244,17 +291,10 @@ def _batches(widths: dict[int, int], budget: int) -> list[list[int]]:
     return batches
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _loading(name_or_path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise VerifierError(
-            f"cannot load verifier {name_or_path!r}: expected a directory with config.json, "
-            "weights and tokenizer.json, or the name of a causal model on the hub (check the "
-            f"spelling, the network and HF_TOKEN). transformers says: {error}"
-        ) from error
+def _backend(compile: bool | str) -> str | None:
+    if not isinstance(compile, str):
+        return "inductor" if compile else None
+    known = torch.compiler.list_backends(exclude_tags=())
+    if compile not in known:
+        raise ConfigError(f"{compile=}: expected True, False or one of {known}")
+    return compile
