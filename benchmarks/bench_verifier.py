@@ -1,8 +1,7 @@
-"""The in-process verifier against a padded batch with a full log-softmax.
+"""The in-process verifier against other ways to score the same ids with the same model.
 
-Two shapes: one where the head dominates (large vocabulary, memory) and one where the body does
-(long shared prompt, time). Each variant runs in a process of its own, so that peak memory is its
-own, and reports CPU seconds: other work on the machine does not count.
+Each variant runs in a process of its own (`verifier_variants.py`), so that peak memory is its own,
+on one thread, and reports CPU seconds: other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -11,141 +10,165 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @dataclass(frozen=True)
 class Shape:
+    """The fields of `verifier_variants.Shape`."""
+
     prompt: int
     lengths: tuple[int, ...]
     vocab: int
     hidden: int
     intermediate: int
     layers: int
+    prompts: int = 1
+    chunk: int | None = None
 
 
+RAGGED = (300, 287, 251, 204, 178, 133, 96, 41)
 SHAPES = {
     # 27.4 million parameters, most of them the head.
     "head-heavy": Shape(256, (256,) * 8, 131_072, 192, 512, 5),
     # 33.7 million parameters; ragged responses to one long prompt.
-    "body-heavy": Shape(1000, (300, 287, 251, 204, 178, 133, 96, 41), 16_384, 512, 1376, 8),
+    "body-heavy": Shape(1000, RAGGED, 16_384, 512, 1376, 8),
+    # 7.4 million parameters; four prompts of eight responses each.
+    "grouped": Shape(500, RAGGED, 16_384, 256, 688, 4, prompts=4),
+}
+QUICK = Shape(40, (9, 7, 4, 1), 997, 64, 96, 2, prompts=2)
+BASELINES = {
+    "naive": "torch",
+    "trl": "trl",
+    "lm-eval, batches of 8": "lm_eval",
+    "lm-eval, batches of 1": "lm_eval",
+}
+# A small body, so that what the vocabulary costs would show.
+GROWING = Shape(64, (128,) * 8, 16_384, 128, 352, 2)
+GROWTH = {
+    "responses, 8 a prompt": [(n, replace(GROWING, prompts=n // 8)) for n in (8, 16, 32, 64)],
+    "tokens a response": [(n, replace(GROWING, lengths=(n,) * 8)) for n in (64, 128, 256, 512)],
+    "responses a prompt": [(n, replace(GROWING, lengths=(128,) * n)) for n in (1, 2, 4, 8, 16)],
+    # Chunks of 2 million logits, 8 MB, that are full for each of these.
+    "vocabulary, equal chunks": [
+        (n, replace(GROWING, vocab=n, lengths=(512,) * 8, chunk=2**21))
+        for n in (512, 16_384, 262_144)
+    ],
+    "vocabulary, default options": [(n, replace(GROWING, vocab=n)) for n in (512, 16_384, 262_144)],
 }
 AGREEMENT = 1e-4
+FLAT = 1.2
 
 
-def memory_bytes(field: str) -> int:
-    """A memory figure of this process alone: `ru_maxrss` would start at the parent's peak."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(
-        int(line.split()[1]) for line in status.splitlines() if line.startswith(field)
-    )
-
-
-def run_variant(shape: Shape, variant: str) -> dict[str, float]:
-    """CPU seconds, extra peak memory in bytes and the log-probs of one variant, in this process."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from cme_reward.verifiers.hf import TransformersVerifier
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
-    # The verifier wants a tokenizer, but ids are all it scores.
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(shape.vocab, size=shape.prompt)
-    responses = [rng.integers(shape.vocab, size=n) for n in shape.lengths]
-    verifier = TransformersVerifier(model, tokenizer)
-
-    @torch.inference_mode()
-    def naive() -> list[np.ndarray]:
-        rows = [torch.from_numpy(np.concatenate([prompt, r])) for r in responses]
-        ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask_BT = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], True)
-        logits_BTV = model(ids_BT, attention_mask=mask_BT, use_cache=False).logits
-        logprobs_BT = logits_BTV.log_softmax(-1)[:, :-1].gather(-1, ids_BT[:, 1:, None])[..., 0]
-        start = len(prompt) - 1
-        return [logprobs_BT[b, start : start + n].numpy() for b, n in enumerate(shape.lengths)]
-
-    def ours() -> list[np.ndarray]:
-        return verifier.logprobs([prompt] * len(responses), responses)
-
-    before = memory_bytes("VmRSS")
-    start = time.process_time()
-    logprobs = {"naive": naive, "ours": ours}[variant]()
-    seconds = time.process_time() - start
-    return {
-        "cpu_seconds": seconds,
-        "extra_bytes": memory_bytes("VmHWM") - before,
-        "logprobs": np.concatenate(logprobs).tolist(),
-    }
-
-
-def measure(shape_name: str, variant: str) -> dict:
-    """`run_variant` in a fresh process."""
-    root = Path(__file__).resolve().parents[1]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+def measure(shape: Shape, variant: str) -> dict[str, Any]:
+    """`verifier_variants.run` in a fresh process."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, __file__, shape_name, variant],
-        env=os.environ | {"PYTHONPATH": path},
+        [
+            sys.executable,
+            str(Path(__file__).with_name("verifier_variants.py")),
+            json.dumps(asdict(shape)),
+            variant,
+        ],
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("shape_name", SHAPES)
-def test_forward(
-    benchmark, shape_name: str, ratio_table: Callable[[str, str, str, str, str], None]
+Measure = Callable[[Shape, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measure:
+    """`measure`, once for each shape and variant."""
+    return cache(measure)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_against(
+    name: str,
+    baseline: str,
+    benchmark,
+    quick: bool,
+    measured: Measure,
+    ratio_table: Callable[[str, str, str, str, str], None],
 ) -> None:
-    naive = measure(shape_name, "naive")
-    ours = benchmark.pedantic(measure, args=(shape_name, "ours"), rounds=1)
-    error = np.abs(np.subtract(ours["logprobs"], naive["logprobs"])).max()
-    assert error <= AGREEMENT
+    if find_spec(BASELINES[baseline]) is None:
+        pytest.skip(f"{baseline}: pip install -e '.[bench]'")
+    shape = QUICK if quick else SHAPES[name]
+    ours = measured(shape, "ours")
+    theirs = benchmark.pedantic(measured, args=(shape, baseline), rounds=1)
+    tokens = np.tile(shape.lengths, shape.prompts)
+    errors = np.abs(np.subtract(ours["sums"], theirs["sums"])) / tokens
+    if len(ours["logprobs"]) == len(theirs["logprobs"]):  # lm-eval gives sums only
+        errors = np.abs(np.subtract(ours["logprobs"], theirs["logprobs"]))
+    assert errors.max() <= AGREEMENT
+    benchmark.extra_info["largest_difference"] = float(errors.max())
+    if quick:
+        return
+    for label, field, scale, unit in (
+        ("CPU", "cpu_seconds", 1, "s"),
+        ("extra memory", "extra_bytes", 1e-6, "MB"),
+    ):
+        ratio = ours[field] / theirs[field]
+        benchmark.extra_info[label] = {"ours": ours[field], "baseline": theirs[field]}
+        ratio_table(
+            "verifier",
+            f"{name}, {label}, {baseline}",
+            f"{ours[field] * scale:.4g} {unit}",
+            f"{theirs[field] * scale:.4g} {unit}",
+            f"{ratio:.3f}",
+        )
 
-    cpu = ours["cpu_seconds"] / naive["cpu_seconds"]
-    memory = ours["extra_bytes"] / naive["extra_bytes"]
+
+@pytest.mark.parametrize("what", GROWTH)
+def test_growth(
+    what: str,
+    benchmark,
+    quick: bool,
+    measured: Measure,
+    ratio_table: Callable[[str, str, str, str, str], None],
+) -> None:
+    """CPU seconds and extra memory of ours, from the smallest size to the largest."""
+    sizes = [(sum(QUICK.lengths), QUICK)] if quick else GROWTH[what]
+
+    def sweep() -> list[dict[str, Any]]:
+        return [measured(shape, "ours") for _, shape in sizes]
+
+    results = benchmark.pedantic(sweep, rounds=1)
+    memory = [result["extra_bytes"] / 1e6 for result in results]
+    seconds = [result["cpu_seconds"] for result in results]
+    for result, (_, shape) in zip(results, sizes, strict=True):
+        assert len(result["logprobs"]) == shape.prompts * sum(shape.lengths)
+        assert np.isfinite(result["logprobs"]).all()
+    if quick:
+        return
+    if what == "vocabulary, equal chunks":
+        assert max(memory) <= FLAT * min(memory), memory
     benchmark.extra_info |= {
-        "cpu_seconds": ours["cpu_seconds"],
-        "cpu_ratio": cpu,
-        "extra_mb": ours["extra_bytes"] / 1e6,
-        "memory_ratio": memory,
-        "largest_difference": float(error),
-        "tokens": sum(SHAPES[shape_name].lengths),
+        "sizes": [size for size, _ in sizes],
+        "cpu_seconds": seconds,
+        "extra_mb": memory,
     }
-    ratio_table(
-        "verifier",
-        f"{shape_name}, CPU",
-        f"{ours['cpu_seconds']:.2f} s",
-        f"{naive['cpu_seconds']:.2f} s",
-        f"{cpu:.3f}",
-    )
-    ratio_table(
-        "verifier",
-        f"{shape_name}, extra memory",
-        f"{ours['extra_bytes'] / 1e6:.0f} MB",
-        f"{naive['extra_bytes'] / 1e6:.0f} MB",
-        f"{memory:.3f}",
-    )
-
-
-if __name__ == "__main__":
-    print(json.dumps(run_variant(SHAPES[sys.argv[1]], sys.argv[2])))
+    span = f"{sizes[0][0]:,} to {sizes[-1][0]:,}"
+    for label, values, unit in (("CPU", seconds, "s"), ("extra memory", memory, "MB")):
+        ratio_table(
+            "verifier: growth",
+            f"{what}, {span}: {label}",
+            f"{values[-1]:.4g} {unit}",
+            f"{values[0]:.4g} {unit}",
+            f"{values[-1] / values[0]:.3f}",
+        )

@@ -53,20 +53,22 @@ class FrozenModel:
         model: Any,
         name: str,
         *,
-        head_rows: int,
+        head_rows: int | None,
         probe_length: int,
         float32_head: bool = False,
         backend: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name
-        self.head_rows = head_rows
         self.float32_head = False
         self.device = input_device(model)
         with torch.inference_mode():
             probe = np.arange(min(12, probe_length))[None] * 7919
             ids_1T = self._tensor(probe % model.get_input_embeddings().weight.shape[0])
             self._choose_shortcuts(ids_1T)
+            # Equal bytes rather than rows: the peak of memory does not depend on the vocabulary.
+            logits = 2**25 if self.device.type == "cpu" else 2**27
+            self.head_rows = head_rows or max(1, logits // self.vocab_size)
             if float32_head:
                 self._use_float32_head(ids_1T)
             if backend is not None:

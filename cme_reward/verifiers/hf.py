@@ -44,7 +44,8 @@ class TransformersVerifier:
             configuration and the tokenizer allow, whichever is less.
         batch_tokens: most tokens, padding included, in one forward pass (a single response may
             exceed it). Default: 16,384, or 512 on a CPU, where wider batches only add padding.
-        head_rows: most positions whose logits exist at once, at 4 bytes x vocabulary each.
+        head_rows: most positions whose logits exist at once, at 4 bytes x vocabulary each. Default:
+            as many as take 512 MB, or 128 MB on a CPU, whatever the vocabulary.
         head_dtype: `"float32"` keeps the logits of a bf16 or fp16 output layer in float32, rather
             than rounding them first; log-softmax is in float32 either way. Default: as the model.
         compile: True to run the body through ``torch.compile``, or the name of a backend of it.
@@ -67,7 +68,7 @@ class TransformersVerifier:
         *,
         max_length: int | None = None,
         batch_tokens: int | None = None,
-        head_rows: int = 512,
+        head_rows: int | None = None,
         head_dtype: torch.dtype | str | None = None,
         compile: bool | str = False,
         offload: str | None = None,
@@ -80,7 +81,7 @@ class TransformersVerifier:
                 "need a fast one: use a repository that holds a tokenizer.json, or write one with "
                 "transformers.convert_slow_tokenizer.convert_slow_tokenizer(tokenizer).save(path)"
             )
-        if head_rows < 1 or (batch_tokens is not None and batch_tokens < 1):
+        if any(limit is not None and limit < 1 for limit in (head_rows, batch_tokens)):
             raise ConfigError(f"{batch_tokens=} and {head_rows=} must both be at least 1")
         if head_dtype not in (None, "float32", torch.float32):
             raise ConfigError(
