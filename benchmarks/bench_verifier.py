@@ -119,6 +119,8 @@ def test_against(
     benchmark.extra_info["largest_difference"] = float(errors.max())
     if quick:
         return
+    wall = {"ours": ours["wall_seconds"], "baseline": theirs["wall_seconds"]}
+    benchmark.extra_info["wall"] = wall
     for label, field, scale, unit in (
         ("CPU", "cpu_seconds", 1, "s"),
         ("extra memory", "extra_bytes", 1e-6, "MB"),

@@ -38,7 +38,7 @@ def float32_forward(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         weight_VD = linear.weight
-        hidden_ND = hidden.flatten(0, -2)
+        hidden_ND = hidden.flatten(0, -2).to(weight_VD.device)
         if _mixed_product(weight_VD.device, weight_VD.dtype):
             logits_NV = torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
         else:
