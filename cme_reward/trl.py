@@ -58,10 +58,11 @@ class CMEGRPOTrainer(GRPOTrainer):
             )
         self._cme_index = own[0]
         entry = funcs[self._cme_index]
-        if args is not None:
+        if args is not None:  # before a model is loaded; an environment may bring a reward
             others = len(funcs) > 1 or kwargs.get("environment_factory") is not None
             check_settings(args, entry.scorer.config, others=others)
         super().__init__(model, funcs, args, *rest, **kwargs)
+        check_settings(self.args, entry.scorer.config, others=len(self.reward_funcs) > 1)
         check_tokenizer(self.processing_class, entry.scorer)
         self._cme = copy.copy(entry.scorer)
         if hasattr(self._cme, "eos_ids"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import runpy
 import socket
 import statistics
 import subprocess
@@ -399,6 +400,27 @@ def test_settings_that_are_fine_elsewhere(tmp_path: Path) -> None:
 def test_an_unknown_loss_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'new' has not been checked"):
         tiny.trainer(tmp_path, loss_type="new")
+
+
+def test_trls_own_defaults_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = "trl.trainer.grpo_trainer.GRPOConfig"  # in bf16, which needs a GPU
+    monkeypatch.setattr(made, lambda _: tiny.arguments(tmp_path))
+    unscaled = CMEConfig(scale="none")
+    with pytest.raises(ConfigError, match="would have no effect"):
+        CMEGRPOTrainer(
+            tiny.policy(),
+            cme_reward_func(tiny.verifier(), tiny.tokenizer(), unscaled),
+            train_dataset=Dataset.from_list(tiny.CHAT),
+            processing_class=tiny.tokenizer(),
+        )
+
+
+def test_without_trl_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "cme-reward\[trl\]"'):
+        runpy.run_path(str(ROOT / "cme_reward" / "trl.py"))
 
 
 @pytest.mark.parametrize("funcs", [[], [length], ["cme", "cme"]])

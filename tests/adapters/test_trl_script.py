@@ -1,0 +1,119 @@
+"""The training script beside the TRL adapter."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl_tiny as tiny
+from transformers import AutoModelForCausalLM
+
+from cme_reward import ConfigError, InputError
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "adapters" / "trl" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("policy")
+    tiny.policy().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_defaults_are_the_papers(script: dict[str, Any]) -> None:
+    given = script["options"]([])
+    args = script["grpo_config"](script["options"](["--precision", "fp32"]))
+    assert given.model == "Qwen/Qwen2.5-0.5B"
+    assert given.verifier == "hf:google/gemma-3-1b-it"
+    assert given.n_prompts == 5000
+    assert (given.precision, given.level) == ("bf16", "token")
+    assert args.learning_rate == 3e-6
+    assert (args.warmup_steps, args.lr_scheduler_type) == (20, "cosine")
+    assert args.max_grad_norm == 1.0
+    assert args.num_train_epochs == 1
+    assert args.generation_batch_size == 128
+    assert args.steps_per_generation == args.gradient_accumulation_steps == 16  # one update each
+    assert args.num_generations == 8
+    assert (args.temperature, args.top_p, args.max_completion_length) == (1.0, 1.0, 2048)
+    assert (args.epsilon, args.beta, args.loss_type) == (0.2, 0.0, "grpo")
+
+
+def test_every_setting_of_trl_can_be_given(script: dict[str, Any]) -> None:
+    given = ["--precision", "fp32", "--trl", "save_steps=7", "--trl", "top_k=3"]
+    args = script["grpo_config"](script["options"](given))
+    assert (args.save_steps, args.top_k) == (7, 3)
+    with pytest.raises(ConfigError, match="did you mean loss_type"):
+        script["grpo_config"](script["options"](["--trl", "loss_typ=grpo"]))
+
+
+def test_an_update_is_divided_evenly(
+    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="128 is not a multiple of 24"):
+        script["grpo_config"](script["options"]([]))
+
+
+def test_prompts_of_a_file(script: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "b"}]}, {"prompt": "a"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    found = script["prompts_of"](script["options"](["--prompts", str(path)]))
+    assert sorted(map(json.dumps, found)) == ['"a"', '[{"role": "user", "content": "b"}]']
+    assert (
+        len(script["prompts_of"](script["options"](["--prompts", str(path), "--n-prompts=1"]))) == 1
+    )
+    chat = script["for_policy"](found, tiny.tokenizer(), "s")
+    assert {row["prompt"][0]["content"] for row in chat} == {"s"}
+    bare = tiny.tokenizer()
+    bare.chat_template = None
+    assert script["for_policy"](["a"], bare, None)["prompt"] == ["a"]
+    with pytest.raises(InputError, match="no chat template"):
+        script["for_policy"](found, bare, None)
+    path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(InputError, match="line 2: expected `prompt`"):
+        script["prompts_of"](script["options"](["--prompts", str(path)]))
+
+
+def test_the_policy_stops_at_the_end_of_its_turn(script: dict[str, Any], tmp_path: Path) -> None:
+    """A base model's EOS is the end of a text; its chat template ends turns with another token."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<bos>{% endfor %}"
+    tiny.policy().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = script["load_policy"](str(tmp_path))
+    assert model.generation_config.eos_token_id == [1, 2]
+
+
+def test_it_trains(policy_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+    small = "--steps 2 --completions-per-update 8 --completions-at-once 4 --rollouts 4"
+    arguments = [
+        *("--model", policy_folder, "--verifier", "embedded", "--output", str(output)),
+        *("--prompts", str(ROOT / "examples" / "gsm8k.jsonl"), "--precision", "fp32"),
+        *("--set", "eos=mask", "--trl", "gradient_checkpointing=false", "--trl", "save_steps=1"),
+        *(*small.split(), "--response-tokens", "8", "--learning-rate", "0.01"),
+    ]
+    for more in ([], ["--resume", "--steps", "3"]):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, *more])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    states = [json.loads(p.read_text()) for p in sorted(output.glob("*/trainer_state.json"))]
+    assert [state["global_step"] for state in states] == [1, 2, 3]
+    assert "cme/dropped_nats" in states[-1]["log_history"][-1]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()["lm_head.weight"]
+        for folder in (policy_folder, output)
+    )
+    assert not torch.equal(before, after)
