@@ -260,6 +260,23 @@ def test_ids_that_only_the_model_has_do_not_end_a_run(tmp_path: Path) -> None:
     assert reward(["p"], ids[:1])[0] == pytest.approx(split.sequence_rewards[0].item(), abs=1e-6)
 
 
+def test_where_trl_stops_is_the_end_of_a_response(tmp_path: Path) -> None:
+    """A model's generation config may name more ends than its tokenizer does."""
+    policy = tiny.policy()
+    assert policy.generation_config is not None
+    policy.generation_config.eos_token_id = [tiny.EOS, 2]
+    reward = cme_reward_func(tiny.verifier(), tiny.tokenizer())
+    made = CMEGRPOTrainer(
+        policy,
+        reward,
+        tiny.arguments(tmp_path),
+        Dataset.from_list(tiny.CHAT),
+        processing_class=tiny.tokenizer(),
+    )
+    assert made._cme.eos_ids.tolist() == [tiny.EOS, 2]
+    assert reward.scorer.eos_ids.tolist() == [tiny.EOS]
+
+
 def test_two_processes_normalise_groups_together(tmp_path: Path) -> None:
     """Two rollouts of a prompt on each process; the four are one group."""
     with socket.socket() as probe:
