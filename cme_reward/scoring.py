@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cme_reward._lru import LRU
 from cme_reward._ragged import Int64, row_offsets
 from cme_reward._utf8 import WHOLE_CHAR
 from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
 from cme_reward.errors import VerifierError
-from cme_reward.prompts import PromptFormat, prompt_key
+from cme_reward.prompts import Prompt, PromptFormat, prompt_key
 from cme_reward.segments import Segment
 from cme_reward.spans import Encoded, SpanTable
-from cme_reward.verifiers.base import Verifier
+from cme_reward.verifiers.base import TokenIds, Verifier
+from cme_reward.verifiers.batching import BatchingVerifier
 
 Float64 = NDArray[np.float64]
+RENDERED_PROMPTS = 2048
+"""Most prompts that are remembered with their ids: as many as are in the works at a time."""
 
 
 @dataclass
@@ -43,8 +49,10 @@ class SegmentScores:
     """The verifier's context ended before the segment did."""
     uniform: float
     """Log-prob of a uniform guess, in nats."""
-    seconds: float
-    """Spent in the verifier."""
+    verifier_seconds: float
+    """Spent in the verifier, or waiting for it."""
+    own_seconds: float
+    """Spent on everything else."""
 
 
 class Shown(NamedTuple):
@@ -57,6 +65,32 @@ class Shown(NamedTuple):
     """Right ends of the generator's tokens in `text`."""
 
 
+@dataclass
+class Question:
+    """What one verifier is asked about n segments, and what it takes to read the answer."""
+
+    segments: Sequence[Segment]
+    shown: list[Shown]
+    encoded: Encoded
+    prompts_n: list[Int64]
+    requests_n: list[Int64]
+    """Verifier ids to be scored: the text, and the end of turn where there is one."""
+    with_eos_n: NDArray[np.bool_]
+    truncated_n: NDArray[np.bool_]
+    seconds: float
+    """Spent on it."""
+
+    @property
+    def asked(self) -> list[int]:
+        """The segments with anything to score: a prompt may fill the context, a text be empty."""
+        return [k for k, request in enumerate(self.requests_n) if len(request)]
+
+    @property
+    def arguments(self) -> tuple[list[TokenIds], list[TokenIds]]:
+        """Of `Verifier.logprobs`."""
+        return [self.prompts_n[k] for k in self.asked], [self.requests_n[k] for k in self.asked]
+
+
 class MemberScorer:
     """A verifier with its prompt format and spans."""
 
@@ -66,9 +100,33 @@ class MemberScorer:
         self.format = PromptFormat(verifier.tokenizer, config)
         self.table = SpanTable(verifier.tokenizer)
         self.max_length = min(verifier.max_length, config.max_length or verifier.max_length)
+        self._rendered: LRU[Int64] = LRU(RENDERED_PROMPTS)
 
     def score(self, segments: Sequence[Segment]) -> SegmentScores:
         """Score all segments in one call of the verifier."""
+        question = self.question(segments)
+        started = time.perf_counter()
+        answers = self.verifier.logprobs(*question.arguments)
+        return self.scores(question, answers, time.perf_counter() - started)
+
+    async def score_async(self, segments: Sequence[Segment]) -> SegmentScores:
+        """`score` without blocking the event loop; calls that wait together are merged."""
+        question = await asyncio.to_thread(self.question, segments)
+        started = time.perf_counter()
+        answers = await self._shared.logprobs_async(*question.arguments)
+        seconds = time.perf_counter() - started
+        return await asyncio.to_thread(self.scores, question, answers, seconds)
+
+    @cached_property
+    def _shared(self) -> Any:
+        """The verifier, or a stand-in through which coroutines take turns with it."""
+        if hasattr(self.verifier, "logprobs_async"):
+            return self.verifier
+        return BatchingVerifier(self.verifier)
+
+    def question(self, segments: Sequence[Segment]) -> Question:
+        """What to ask the verifier about these segments."""
+        started = time.perf_counter()
         shown = [self._shown(s) for s in segments]
         encoded = self.table.encode_batch([lead + text for lead, text, _ in shown])
         prompts = self._prompts(segments)
@@ -82,11 +140,19 @@ class MemberScorer:
             room = max(0, self.max_length - len(prompts[k]))
             truncated_n[k] = len(request) > room
             requests.append(request[:room])
-
-        started = time.perf_counter()
-        answers = self._ask(prompts, requests, segments)
         seconds = time.perf_counter() - started
+        return Question(
+            segments, shown, encoded, prompts, requests, with_eos_n, truncated_n, seconds
+        )
 
+    def scores(
+        self, question: Question, answers: Sequence[Any], verifier_seconds: float
+    ) -> SegmentScores:
+        """What the verifier's answers, which took so long, say about the segments."""
+        started = time.perf_counter()
+        segments, shown, encoded = question.segments, question.shown, question.encoded
+        with_eos_n, truncated_n = question.with_eos_n, question.truncated_n
+        requests, answers = question.requests_n, self._checked(question, answers)
         aligned, covered = _place(shown, encoded, answers, truncated_n)
         aligned_N = np.concatenate([np.zeros(0), *aligned])
         is_eos_N = np.zeros(len(aligned_N), dtype=bool)
@@ -111,7 +177,8 @@ class MemberScorer:
             counts_n=np.array([len(logp) for logp in answers], dtype=np.int64),
             truncated_n=truncated_n,
             uniform=-float(np.log(self.verifier.vocab_size)),
-            seconds=seconds,
+            verifier_seconds=verifier_seconds,
+            own_seconds=question.seconds + time.perf_counter() - started,
         )
 
     def _shown(self, segment: Segment) -> Shown:
@@ -120,36 +187,27 @@ class MemberScorer:
         lead = "" if segment.chat_said else self.format.lead
         return Shown(lead, *segment.as_message())
 
-    def _prompts(self, segments: Sequence[Segment]) -> list[list[int]]:
+    def _prompts(self, segments: Sequence[Segment]) -> list[Int64]:
         """Prompt ids of each segment; rollouts of one prompt share one rendering."""
-        rendered: dict[tuple[str, str], list[int]] = {}
         prompts = []
         for s in segments:
             prompt, said = (
                 (s.chat_prompt, s.chat_said) if self.format.is_chat else (s.prompt, s.said)
             )
-            key = prompt_key(prompt), said
-            if key not in rendered:
-                ids = self.format.render(prompt)
-                if said:
-                    lead = self.format.lead if self.format.is_chat else ""
-                    ids = ids + self.table.encode(lead + said)[0].tolist()
-                rendered[key] = ids
-            prompts.append(rendered[key])
+            render = partial(self._render, prompt, said)
+            prompts.append(self._rendered.get((prompt_key(prompt), said), render))
         return prompts
 
-    def _ask(
-        self,
-        prompts: list[list[int]],
-        requests: list[Int64],
-        segments: Sequence[Segment],
-    ) -> list[Float64]:
+    def _render(self, prompt: Prompt, said: str) -> Int64:
+        ids = np.array(self.format.render(prompt), dtype=np.int64)
+        if said:
+            lead = self.format.lead if self.format.is_chat else ""
+            ids = np.concatenate([ids, self.table.encode(lead + said)[0]])
+        return ids
+
+    def _checked(self, question: Question, answers: Sequence[Any]) -> list[Float64]:
         """The verifier's log-probs of each request, checked, and raised to the floor."""
-        # A prompt that fills the context, or a segment without text, leaves nothing to ask.
-        asked = [k for k, request in enumerate(requests) if len(request)]
-        answers = self.verifier.logprobs(
-            [prompts[k] for k in asked], [requests[k].tolist() for k in asked]
-        )
+        asked, requests, segments = question.asked, question.requests_n, question.segments
         name = self.verifier.name
         if len(answers) != len(asked):
             raise VerifierError(f"{name} answered {len(answers)} of {len(asked)} responses")

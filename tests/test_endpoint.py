@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import logging
 import pickle
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +233,28 @@ def test_pickles_and_shakes_hands_again(engine: str, verifiers: Any) -> None:
         assert len(server.requests) > n
         assert_same(copy.logprobs([[1]], [[2, 3]]), expected([[1]], [[2, 3]]))
         copy.close()
+
+
+def test_connections_end_with_the_verifier(engine: str) -> None:
+    with fake(engine) as server:
+        make = partial(EndpointVerifier, engine, [server.url], tokenizer=server.tokenizer)
+        with make() as verifier:
+            client = verifier._replicas._client
+            verifier.logprobs([[1, 2]], [[3, 4]])
+            assert not client.is_closed
+        assert client.is_closed
+        verifier.close()  # once more is harmless
+
+        forgotten = make()
+        client = forgotten._replicas._client
+        forgotten.logprobs([[1, 2]], [[3, 4]])
+        del forgotten
+        gc.collect()
+        for _ in range(1000):
+            if client.is_closed:
+                break
+            time.sleep(0.01)
+        assert client.is_closed
 
 
 # The handshake.

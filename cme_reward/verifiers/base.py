@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -41,3 +41,22 @@ class Verifier(Protocol):
             ``log p(response[s] | prompt, response[:s])`` in nats.
         """
         ...
+
+
+class Closes:
+    """``with`` for what has a `close`."""
+
+    def close(self) -> None:
+        """End connections and threads; harmless twice. Weights go with the object."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def close(verifier: object) -> None:
+    """Close a verifier if it is one that can be closed."""
+    if isinstance(verifier, Closes):
+        verifier.close()

@@ -80,7 +80,9 @@ _REMEDIES = (
 
 def with_remedy(rejected: Rejected, key_variables: tuple[str, ...]) -> VerifierError:
     """The refusal with what the user can do about it."""
-    if rejected.status in (401, 403):
+    # Servers answer 403 for other reasons too, for example for a path that is switched off.
+    about_key = re.search(r"key|token|auth|forbid|permission|denied", rejected.message, re.I)
+    if rejected.status == 401 or (rejected.status == 403 and about_key):
         remedy = f"put the server's API key into the environment variable {key_variables[0]}"
     elif rejected.status == 404 and "model" not in rejected.message.lower():
         remedy = "check the URL and the engine: vllm:URL or sglang:URL"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Coroutine, Sequence
 from functools import cache
@@ -14,7 +15,7 @@ import numpy as np
 
 from cme_reward.errors import ConfigError, VerifierError
 from cme_reward.verifiers import sglang, vllm, vllm_generate
-from cme_reward.verifiers.base import TokenIds
+from cme_reward.verifiers.base import Closes, TokenIds
 from cme_reward.verifiers.dialect import Dialect, NotScored, TextDialect, with_remedy
 from cme_reward.verifiers.handshake import Handshake
 from cme_reward.verifiers.replicas import Rejected, Replica, Replicas
@@ -27,7 +28,7 @@ DIALECTS: dict[str, tuple[TextDialect, Dialect | None]] = {
 Result = TypeVar("Result")
 
 
-class EndpointVerifier:
+class EndpointVerifier(Closes):
     """Scores responses on vLLM or SGLang servers, by token ids in both directions.
 
     Before a server is used, and again whenever it was out of reach, it has to prove that it runs
@@ -93,6 +94,9 @@ class EndpointVerifier:
         self.name = f"{engine}:{','.join(urls)}"
         self._handshake = Handshake(self.dialect, faster, tokenizer, model)
         self._replicas = self._wait(self._connect(urls, start_seconds))
+        # Recovery tasks hold on to the replicas, so nobody else would close what is forgotten.
+        self._finalizer = weakref.finalize(self, _close_soon, self._replicas)
+        self._finalizer.atexit = False
         self.tokenizer = self._handshake.tokenizer
         self.vocab_size = len(self.tokenizer)
         limit = self._handshake.max_length
@@ -130,33 +134,36 @@ class EndpointVerifier:
 
     def close(self) -> None:
         """Close the connections."""
-        self._wait(self._replicas.close())
+        if self._finalizer.detach():
+            self._wait(self._replicas.close())
 
     async def _connect(self, urls: Sequence[str], start_seconds: float) -> Replicas:
         _, settings = self._arguments
         names = self.dialect.KEY_VARIABLES
         key = next((os.environ[name] for name in names if os.environ.get(name)), None)
+        handshake = self._handshake
+
+        # Without `self`, which would then live as long as the replicas do.
+        async def prove(replica: Replica) -> None:
+            try:
+                await handshake.run(replica, replicas.exchange)
+            except Rejected as error:
+                raise with_remedy(error, names) from error
+
         replicas = Replicas(
             urls,
-            self._prove,
+            prove,
             headers={"authorization": f"Bearer {key}"} if key else {},
             concurrency=settings["concurrency"],
             request_seconds=settings["request_seconds"],
             total_seconds=settings["total_seconds"],
         )
-        self._exchange = replicas.exchange
         try:
             await replicas.start(start_seconds)
         except BaseException:
             await replicas.close()
             raise
         return replicas
-
-    async def _prove(self, replica: Replica) -> None:
-        try:
-            await self._handshake.run(replica, self._exchange)
-        except Rejected as error:
-            raise with_remedy(error, self.dialect.KEY_VARIABLES) from error
 
     async def _score(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
@@ -223,6 +230,11 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="cme-reward-http", daemon=True).start()
     return loop
+
+
+def _close_soon(replicas: Replicas) -> None:
+    """For a finalizer, which may run in the loop's own thread and must not wait for it."""
+    asyncio.run_coroutine_threadsafe(replicas.close(), _event_loop())
 
 
 def _ints(ids: TokenIds) -> list[int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cme_reward.errors import VerifierError
-from cme_reward.verifiers.base import Verifier
+from cme_reward.verifiers.base import Closes, Verifier, close
 
 
-class Ensemble:
+class Ensemble(Closes):
     """Verifiers whose aligned log-probs are averaged, token by token.
 
     Not itself a `Verifier`: its members have tokenizers of their own, and are averaged on the
@@ -19,6 +19,11 @@ class Ensemble:
         if not members:
             raise VerifierError("an ensemble has no members; expected at least one verifier")
         self.members = tuple(members)
+
+    def close(self) -> None:
+        """Close the members."""
+        for member in self.members:
+            close(member)
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cme_reward.errors import ConfigError, InputError, TokenizerError, VerifierError
-from cme_reward.verifiers.base import TokenIds
+from cme_reward.verifiers.base import Closes, TokenIds
 from cme_reward.verifiers.frozen import FrozenModel, input_device, length_limit
 from cme_reward.verifiers.offload import OffloadedWeights
 from cme_reward.verifiers.pretrained import choose_attention, load_trained, load_untrained
@@ -34,7 +34,7 @@ OWN_OPTIONS = (
 )
 
 
-class TransformersVerifier:
+class TransformersVerifier(Closes):
     """Scores responses with a frozen causal language model, on CPU or GPU.
 
     Args:

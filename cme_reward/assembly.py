@@ -1,0 +1,150 @@
+"""Scores of assistant turns -> the rewards and metrics of whole responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from cme_reward._ragged import Int64, row_offsets, split
+from cme_reward.batch import CMEBatch
+from cme_reward.config import CMEConfig
+from cme_reward.errors import InputError
+from cme_reward.metrics import length_correlation, repetition
+from cme_reward.scoring import SegmentScores
+from cme_reward.segments import Segment
+from cme_reward.spans import BLANK, TEXT
+
+Float64 = NDArray[np.float64]
+
+
+def assemble(
+    ids: list[Int64],
+    segments: list[Segment],
+    scores: Sequence[SegmentScores],
+    policy: Float64 | None,
+    config: CMEConfig,
+) -> CMEBatch:
+    """The rewards of all responses from each verifier's scores of their segments.
+
+    `policy` is flat over all tokens, for `baseline="policy"`. The metrics of time are left to the
+    caller.
+
+    Raises:
+        InputError: for a policy log-prob of a scored token that is not finite.
+    """
+    offsets = row_offsets([len(row) for row in ids])
+    n_rows, n_tokens = len(ids), int(offsets[-1])
+    row_of_token = np.repeat(np.arange(n_rows), np.diff(offsets))
+    row_of_segment = np.array([s.row for s in segments], dtype=np.int64)
+    sampled = np.zeros(n_tokens, dtype=bool)
+    for s in segments:
+        sampled[offsets[s.row] + s.start : offsets[s.row] + s.stop] = True
+    kinds = np.concatenate([np.zeros(0, np.uint8), *(s.kinds for s in segments)])
+
+    def per_row(values: ArrayLike, rows: NDArray[Any]) -> NDArray[Any]:
+        return np.bincount(rows, np.asarray(values, dtype=np.float64), n_rows)
+
+    # Segments hold the sampled tokens in order, so that flat arrays of both correspond.
+    logprobs = np.zeros(n_tokens)
+    logprobs[sampled] = np.mean([score.aligned_N for score in scores], axis=0)
+    with_text = (kinds == TEXT) | ((kinds == BLANK) & (config.whitespace == "keep"))
+    covered = np.all([score.covered_N for score in scores], axis=0)
+    is_eos = np.all([score.is_eos_N for score in scores], axis=0)
+    scored = sampled.copy()
+    scored[sampled] = (with_text & covered) | is_eos
+    own = np.zeros(n_tokens) if policy is None else np.where(scored, policy, 0)
+    _check_policy(own, offsets)
+    rewards = np.where(scored, logprobs - own, 0)
+
+    sequence, total = np.zeros(n_rows), np.zeros(n_rows)
+    own_sum = per_row(own, row_of_token)
+    for score in scores:
+        sums = per_row(score.sums_n, row_of_segment)
+        counts = per_row(score.counts_n, row_of_segment)
+        means = (sums - own_sum) / np.maximum(counts, 1)
+        sequence += np.where(counts > 0, means, score.uniform) / len(scores)
+        total += sums / len(scores)
+    # Floored at 0: a sum of a few thousand aligned log-probs ends some 1e-12 off.
+    kept = per_row(np.where(scored, logprobs, 0), row_of_token)
+    dropped = np.maximum(kept - total, 0)
+
+    truncated = np.any([score.truncated_n for score in scores], axis=0)
+    n_verifier_tokens = np.mean([score.counts_n.sum() for score in scores])
+    metrics = {
+        "token_reward_mean": _mean(rewards[scored]),
+        "token_reward_std": float(rewards[scored].std(ddof=1)) if scored.sum() > 1 else 0.0,
+        "sequence_reward_mean": _mean(sequence),
+        "coverage": _mean(covered[with_text], empty=1.0),
+        "dropped_nats": _mean(dropped),
+        "verifier_tokens_per_token": float(n_verifier_tokens / max(sampled.sum(), 1)),
+        "truncated": float(len(np.unique(row_of_segment[truncated]))),
+        "repetition": repetition(split(*_sampled_rows(ids, sampled, offsets))),
+        "length_correlation": length_correlation(sequence, per_row(sampled, row_of_token)),
+    }
+    if config.level == "sequence":
+        rewards, scored = np.zeros(n_tokens), sampled
+        last = {s.row: int(offsets[s.row]) + s.stop - 1 for s in segments if s.stop > s.start}
+        for b, position in last.items():
+            rewards[position] = sequence[b]
+    return CMEBatch(
+        token_rewards=_pad(rewards.astype(np.float32), offsets),
+        mask=_pad(scored, offsets),
+        sequence_rewards=torch.from_numpy(sequence).float(),
+        token_logprobs=_pad(logprobs.astype(np.float32), offsets),
+        dropped_nats=torch.from_numpy(dropped).float(),
+        verifier_tokens=_verifier_tokens(scores[0], row_of_segment, n_rows),
+        metrics=metrics,
+        config=config,
+    )
+
+
+def _check_policy(own: Float64, offsets: Int64) -> None:
+    bad = np.flatnonzero(~np.isfinite(own))
+    if bad.size:
+        b = int(np.searchsorted(offsets, bad[0], side="right")) - 1
+        raise InputError(
+            f"policy_logprobs of response {b}, token {bad[0] - offsets[b]} is {own[bad[0]]}; "
+            "expected the finite log-prob of a sampled token"
+        )
+
+
+def _sampled_rows(
+    ids: list[Int64], sampled: NDArray[np.bool_], offsets: Int64
+) -> tuple[Int64, Int64]:
+    flat = np.concatenate([np.zeros(0, np.int64), *ids])[sampled]
+    return flat, row_offsets(sampled.astype(np.int64))[offsets]
+
+
+def _verifier_tokens(
+    score: SegmentScores, row_of_segment: Int64, n_rows: int
+) -> list[tuple[Int64, Float64]]:
+    """Ids and log-probs of each response, its segments one after the other."""
+    rows: list[list[tuple[Int64, Float64]]] = [[] for _ in range(n_rows)]
+    for b, tokens in zip(row_of_segment.tolist(), score.verifier_tokens_n, strict=True):
+        rows[b].append(tokens)
+    nothing = np.zeros(0, np.int64), np.zeros(0)
+    return [
+        (
+            np.concatenate([nothing[0], *(i for i, _ in row)]),
+            np.concatenate([nothing[1], *(x for _, x in row)]),
+        )
+        if len(row) != 1
+        else row[0]
+        for row in rows
+    ]
+
+
+def _mean(values: NDArray[Any], empty: float = 0.0) -> float:
+    return float(values.mean()) if values.size else empty
+
+
+def _pad(flat: NDArray[Any], offsets: Int64) -> torch.Tensor:
+    """Rows of a flat array as a tensor `[B, T]`, padded with 0 on the right."""
+    lengths = np.diff(offsets)
+    padded = np.zeros((len(lengths), lengths.max(initial=0)), dtype=flat.dtype)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat
+    return torch.from_numpy(padded)
