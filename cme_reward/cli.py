@@ -79,8 +79,8 @@ def score(
             metavar="SPEC",
             help="Who judges. `embedded`: a small model that comes with this package, "
             "for trying things out. `hf:NAME_OR_PATH`: a causal language model of "
-            "transformers. `random:NAME_OR_PATH`: the same, untrained. Several are "
-            "joined by +.",
+            "transformers. `random:NAME_OR_PATH`: the same, untrained. `vllm:URL[,URL]`, "
+            "`sglang:URL[,URL]`: one that servers run. Several are joined by +.",
         ),
     ] = "embedded",
     generator_tokenizer: Annotated[
@@ -98,6 +98,15 @@ def score(
             metavar="NAME",
             show_default="a GPU if there is one",
             help="Where the verifier runs, such as cpu or cuda:1.",
+        ),
+    ] = None,
+    verifier_options: Annotated[
+        list[str] | None,
+        _models(
+            "--verifier-option",
+            metavar="KEY=VALUE",
+            help="An option of load_verifier, such as dtype=bfloat16, or tokenizer=NAME_OR_PATH "
+            "for a server; may be repeated.",
         ),
     ] = None,
     append_eos: Annotated[
@@ -195,9 +204,11 @@ def score(
         source = stack.enter_context(open_input(file, err))
         sink = stack.enter_context(open_output(output, html is not None or show > 0, err))
         with busy(err, quiet, f"Loading {verifier}"):
-            scorer = make_scorer(verifier, generator_tokenizer, device, settled)
+            scorer = make_scorer(
+                verifier, generator_tokenizer, device, settled, verifier_options or []
+            )
         from cme_reward import jsonl
-        from cme_reward.score_rows import as_view, dump, score_rows, write_html
+        from cme_reward.score_rows import as_view, dump, score_rows, summary, write_html
 
         vocab_size = None if generator_tokenizer is None else scorer.table.vocab_size
         rows = jsonl.read_rows(source, vocab_size, needs_policy=settled.baseline == "policy")
@@ -236,7 +247,7 @@ def score(
         if not quiet:
             if html is not None and counts["scored"] > html_limit:
                 say(err, f"{html} holds the first {html_limit} responses; see --html-limit")
-            say(err, _summary(counts, reward_sum, seconds), "bold")
+            say(err, summary(counts, reward_sum, seconds), "bold")
             for path in [output] * (output != "-") + [html] * (html is not None):
                 say(err, f"wrote {path}")
     raise typer.Exit(1 if counts["bad"] else 0)
@@ -288,16 +299,3 @@ def check_pair(
 
             show(found, Console(highlight=False))
     raise typer.Exit(0 if found.exact else 1)
-
-
-def _summary(counts: Counter[str], reward_sum: float, seconds: float) -> str:
-    scored, tokens = counts["scored"], counts["tokens"]
-    parts = [f"{scored:,} scored, {counts['bad']:,} bad{' (left out)' * (counts['bad'] > 0)}"]
-    if scored:
-        parts.append(f"mean sequence reward {reward_sum / scored:.3f} nats")
-    if tokens:
-        parts.append(f"{counts['rewarded'] / tokens:.1%} of {tokens:,} tokens have a reward")
-        parts.append(f"{tokens / seconds:,.0f} tokens/s")
-    if counts["truncated"]:
-        parts.append(f"{counts['truncated']:,} cut off at the verifier's context length")
-    return "; ".join(parts)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from cme_reward.errors import ConfigError, TokenizerError
 
@@ -51,6 +54,11 @@ def load_tokenizer(name: str) -> Any:
             f"{name!r} names several verifiers; expected one, since each has a tokenizer of its own"
         )
     kind, _, rest = name.partition(":")
+    if kind in ("vllm", "sglang"):
+        raise TokenizerError(
+            f"{name!r} is a server, and its tokenizer is that of the model it runs; expected that "
+            "model's name or directory, such as google/gemma-3-1b-it"
+        )
     where = rest if kind in ("hf", "random") and rest else name
     if name == "embedded" and not Path(name).exists():
         where = str(Path(cme_reward.verifiers.__file__).parent / "embedded")
@@ -65,16 +73,41 @@ def load_tokenizer(name: str) -> Any:
         ) from error
 
 
+def verifier_options(device: str | None, settings: Sequence[str]) -> dict[str, Any]:
+    """Keywords for `load_verifier` from a device and `KEY=VALUE` strings, values as in YAML.
+
+    Raises:
+        ConfigError: for a string of another form.
+    """
+    options: dict[str, Any] = {} if device is None else {"device": device}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--verifier-option {setting!r}: expected KEY=VALUE, such as dtype=bfloat16"
+            )
+    return options
+
+
 def make_scorer(
-    verifier: str, generator_tokenizer: str | None, device: str | None, config: CMEConfig
+    verifier: str,
+    generator_tokenizer: str | None,
+    device: str | None,
+    config: CMEConfig,
+    settings: Sequence[str] = (),
 ) -> CrossModelEntropy:
     from cme_reward.reward import CrossModelEntropy
     from cme_reward.verifiers import Ensemble, load_verifier
 
+    options = verifier_options(device, settings)
     silence()
     # First: a wrong name is noticed before minutes of loading weights.
     tokenizer = load_tokenizer(generator_tokenizer) if generator_tokenizer else None
-    model = load_verifier(verifier, **({} if device is None else {"device": device}))
+    model = load_verifier(verifier, **options)
     first = model.members[0] if isinstance(model, Ensemble) else model
     return CrossModelEntropy(model, tokenizer or first.tokenizer, config)
 

@@ -138,3 +138,17 @@ def write_html(
     )
     with whole_file(path) as stream:
         stream.write(page.encode())
+
+
+def summary(counts: Counter[str], reward_sum: float, seconds: float) -> str:
+    """What a run came to, in a line."""
+    scored, tokens = counts["scored"], counts["tokens"]
+    parts = [f"{scored:,} scored, {counts['bad']:,} bad{' (left out)' * (counts['bad'] > 0)}"]
+    if scored:
+        parts.append(f"mean sequence reward {reward_sum / scored:.3f} nats")
+    if tokens:
+        parts.append(f"{counts['rewarded'] / tokens:.1%} of {tokens:,} tokens have a reward")
+        parts.append(f"{tokens / seconds:,.0f} tokens/s")
+    if counts["truncated"]:
+        parts.append(f"{counts['truncated']:,} cut off at the verifier's context length")
+    return "; ".join(parts)

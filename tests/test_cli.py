@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load_tokenizer, shared_rows
+from fake_engines import FakeEngine
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 from typer.testing import CliRunner
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 from cme_reward import CrossModelEntropy, load_verifier
 from cme_reward.cli import app
 from cme_reward.jsonl import Bad, Row, batches, read_rows
+from cme_reward.verifiers.endpoint import EndpointVerifier
 
 NEW = ["sequence_reward", "token_rewards", "mask", "tokens", "dropped_nats"]
 ROWS: list[dict[str, Any]] = [
@@ -325,6 +327,13 @@ def test_reading_is_streaming() -> None:
         (("-", "--set", "epz=1"), "unknown setting 'epz'; did you mean 'eps'?"),
         (("-", "--set", "eos"), "expected KEY=VALUE"),
         (("-", "--set", "eos=never"), "expected one of score, mask"),
+        (("-", "--verifier-option", "dtype"), "--verifier-option 'dtype': expected KEY=VALUE"),
+        (("-", "--verifier-option", "batch_tokens=0"), "must both be at least 1"),
+        (("-", "--verifier", "vllm:localhost:8000"), "is no URL of a verifier server"),
+        (
+            ("-", "--verifier", "vllm:http://localhost:8000", "--device", "cpu"),
+            "device='cpu' is no option of a verifier behind HTTP",
+        ),
         (("-", "--config", "missing.yaml"), "cannot read settings from 'missing.yaml'"),
         (("-", "--output", "missing/out.jsonl"), "cannot write 'missing/out.jsonl'"),
         (("-", "--html", "missing/out.html"), "the directory missing does not exist"),
@@ -412,6 +421,20 @@ def test_the_embedded_verifier_is_the_default() -> None:
         sum(first["token_rewards"]) - first["dropped_nats"],
         rel_tol=1e-4,
     )
+
+
+def test_a_server_judges(model: Path) -> None:
+    tokenizer = load_tokenizer("byte-level")
+    with FakeEngine("vllm", tokenizer) as server:
+        spec, options = f"vllm:{server.url}", ("--verifier-option", f"tokenizer={model}")
+        result = run("score", "-", "--verifier", spec, *options, stdin=lines(ROWS[:1]))
+        (row,) = parsed(result.stdout)
+        with EndpointVerifier("vllm", [server.url], tokenizer=tokenizer) as verifier:
+            ids = tokenizer.encode(ROWS[0]["response"], add_special_tokens=False)
+            batch = CrossModelEntropy(verifier, tokenizer)([ROWS[0]["prompt"]], [ids])
+    assert row["sequence_reward"] == pytest.approx(float(batch.sequence_rewards[0]), abs=1e-5)
+    refused = run("check-pair", model, spec, status=2)
+    assert "its tokenizer is that of the model it runs" in refused.stderr
 
 
 def test_an_ensemble_takes_the_first_members_tokenizer(model: Path, uniform: Path) -> None:

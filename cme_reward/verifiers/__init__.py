@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cme_reward.errors import VerifierError
+from cme_reward.errors import ConfigError, VerifierError
 from cme_reward.verifiers.base import Verifier
 from cme_reward.verifiers.ensemble import Ensemble
 
@@ -31,10 +32,12 @@ def load_verifier(spec: str, **options: Any) -> Verifier | Ensemble:
             `"sglang:URL"` (several replicas: URLs joined by commas), or several of these joined
             by `+`.
         options: for `hf:` the keywords of `TransformersVerifier.from_pretrained` (`dtype`,
-            `device`, `batch_tokens`, ...), for `random:` those of `from_config`, for `vllm:` and
-            `sglang:` those of `EndpointVerifier` (`tokenizer`, `model`, `concurrency`, ...).
+            `device`, `offload`, `compile`, `quantization_config`, ...), for `random:` those of
+            `from_config`, for `vllm:` and `sglang:` those of `EndpointVerifier` (`tokenizer`,
+            `model`, `concurrency`, ...). All members of an ensemble get the same.
 
     Raises:
+        ConfigError: for an option that a verifier does not have, or a value out of range.
         VerifierError: for an unknown spec (lists the known ones), or a model that does not load.
     """
     parts = [part.strip() for part in spec.split("+")]
@@ -78,6 +81,12 @@ def _embedded(**options: Any) -> Verifier:
 def _endpoint(engine: str, urls: str, **options: Any) -> Verifier:
     from cme_reward.verifiers.endpoint import EndpointVerifier  # needs httpx
 
+    known = list(inspect.signature(EndpointVerifier).parameters)[2:]
+    for key in options.keys() - set(known):
+        raise ConfigError(
+            f"{key}={options[key]!r} is no option of a verifier behind HTTP, whose server decides "
+            f"how the model runs; expected some of {', '.join(known)}"
+        )
     return EndpointVerifier(engine, [url.strip() for url in urls.split(",")], **options)
 
 

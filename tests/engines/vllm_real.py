@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
-from engines.vllm_server import BACKEND, KEY, MODELS, START_SECONDS, Server
+from engines.vllm_server import BACKEND, KEY, MODELS, START_SECONDS, Server, forget_peak, peak
 from transformers import AutoTokenizer
 
 from cme_reward import CMEBatch, CMEConfig, CrossModelEntropy, VerifierError, load_verifier
@@ -222,13 +222,19 @@ def test_throughput_beside_in_process(
     }
     wall: dict[str, list[float]] = {name: [] for name in verifiers}
     cpu: dict[str, list[float]] = {name: [] for name in verifiers}
+    extra: dict[str, list[float]] = {name: [] for name in verifiers}
     n_tokens = 0
     for _ in range(4):
         for name, verifier in verifiers.items():
+            processes = [Path("/proc/self")]
+            if name != "in process":
+                processes += server.processes()
+            resident = forget_peak(processes)
             before = time.process_time() + server.cpu_seconds()
             batch = score(verifier)
             wall[name].append(batch.metrics["verifier_seconds"])
             cpu[name].append(time.process_time() + server.cpu_seconds() - before)
+            extra[name].append(peak(processes) - resident)
             n_tokens = sum(len(ids) for ids, _ in batch.verifier_tokens)
     torch.set_num_threads(threads)
     with capsys.disabled():
@@ -237,7 +243,8 @@ def test_throughput_beside_in_process(
             seconds = statistics.median(wall[name][1:])
             print(
                 f"  {name:16} {n_tokens / seconds:8,.0f} tokens/s ({seconds:.2f} s, "
-                f"median of 3), {statistics.median(cpu[name][1:]):.2f} CPU s, client included"
+                f"median of 3), {statistics.median(cpu[name][1:]):.2f} CPU s, "
+                f"+{max(extra[name]):.0f} MB, client included"
             )
 
 

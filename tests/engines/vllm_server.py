@@ -159,11 +159,42 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Of all its processes."""
-        assert self.process is not None
         ticks = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+        for process in self.processes():
             with suppress(FileNotFoundError, ProcessLookupError):  # processes end
-                fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
-                if int(fields[2]) == self.process.pid:
-                    ticks += int(fields[11]) + int(fields[12])
+                stat = (process / "stat").read_text(encoding="utf-8")
+                ticks += sum(map(int, stat.rpartition(")")[2].split()[11:13]))
         return ticks / os.sysconf("SC_CLK_TCK")
+
+    def processes(self) -> list[Path]:
+        """Its processes, as folders of /proc."""
+        assert self.process is not None
+        own = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                stat = (process / "stat").read_text(encoding="utf-8")
+                if int(stat.rpartition(")")[2].split()[2]) == self.process.pid:
+                    own.append(process)
+        return own
+
+
+def forget_peak(processes: list[Path]) -> float:
+    """Resident megabytes now; the peak counts from here."""
+    for process in processes:
+        (process / "clear_refs").write_text("5")
+    return _megabytes(processes, "VmRSS")
+
+
+def peak(processes: list[Path]) -> float:
+    """Most resident megabytes since `forget_peak`."""
+    return _megabytes(processes, "VmHWM")
+
+
+def _megabytes(processes: list[Path], field: str) -> float:
+    lines = [
+        line
+        for process in processes
+        for line in (process / "status").read_text(encoding="utf-8").splitlines()
+        if line.startswith(field)
+    ]
+    return sum(int(line.split()[1]) for line in lines) / 1024
