@@ -1,0 +1,84 @@
+"""Controls: cross-model entropy with an untrained verifier, and with the generator as its own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from cme_reward import verifiers
+from cme_reward.errors import ConfigError
+from cme_reward.verifiers import Ensemble, Verifier, load_verifier
+
+
+def random_verifier(
+    verifier: Verifier | Ensemble | str, *, seed: int = 0, **options: Any
+) -> Verifier | Ensemble:
+    """The same architecture and tokenizer with untrained weights (arXiv 2605.29009, the control).
+
+    Args:
+        verifier: the spec of a verifier (`hf:NAME`, `embedded`, `random:NAME`, joined by `+`), or
+            a `TransformersVerifier` or ensemble of them.
+        seed: the weights depend on it alone.
+        options: those of `load_verifier("random:...")`.
+
+    Raises:
+        ConfigError: for a verifier whose architecture is not at hand, such as a server's.
+    """
+    if isinstance(verifier, str):
+        specs = [part.strip() for part in verifier.split("+")]
+        loaded = [load_verifier(_untrained(spec), seed=seed, **options) for spec in specs]
+        return loaded[0] if len(loaded) == 1 else Ensemble(loaded)  # type: ignore[arg-type]
+    if isinstance(verifier, Ensemble):
+        members = [random_verifier(m, seed=seed, **options) for m in verifier.members]
+        return Ensemble(members)  # type: ignore[arg-type]
+    model = getattr(verifier, "model", None)
+    if not hasattr(model, "config"):
+        raise ConfigError(
+            f"the architecture of {verifier.name} is not at hand; expected a TransformersVerifier "
+            'or a spec such as "random:google/gemma-3-1b-it"'
+        )
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cme_reward.verifiers.hf import TransformersVerifier
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        untrained = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    return TransformersVerifier(
+        untrained.to(model.device),
+        verifier.tokenizer,
+        **{"max_length": verifier.max_length, "name": f"random:{verifier.name}", **options},
+    )
+
+
+def self_verifier(policy: Any, generator_tokenizer: Any, **options: Any) -> Verifier | Ensemble:
+    """The generator as it is now, frozen, as its own verifier.
+
+    Args:
+        policy: a causal language model of transformers, of which a copy is kept, or its name.
+        generator_tokenizer: its fast tokenizer.
+        options: those of `TransformersVerifier`, or of `load_verifier` with a name.
+    """
+    if isinstance(policy, str):
+        return load_verifier(f"hf:{policy.removeprefix('hf:')}", **options)
+    from cme_reward.verifiers.hf import TransformersVerifier
+
+    # Wrappers (DDP, PEFT) belong to the training; the copy is a model by itself.
+    inner = getattr(policy, "module", policy)
+    frozen = copy.deepcopy(inner)
+    if hasattr(frozen, "merge_and_unload"):
+        frozen = frozen.merge_and_unload()
+    return TransformersVerifier(frozen, generator_tokenizer, **{"name": "self", **options})
+
+
+def _untrained(spec: str) -> str:
+    kind, _, name = spec.partition(":")
+    if spec == "embedded":
+        return f"random:{Path(verifiers.__file__).parent / 'embedded'}"
+    if kind in ("hf", "random") and name:
+        return f"random:{name}"
+    raise ConfigError(
+        f"there is no untrained {spec!r}; expected hf:NAME_OR_PATH, random:NAME_OR_PATH or embedded"
+    )
