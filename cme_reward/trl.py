@@ -14,6 +14,7 @@ from cme_reward._trl_reward import RewardFunction, cme_reward_func, score
 from cme_reward._trl_settings import check_settings, check_tokenizer
 from cme_reward.advantages import group_advantages
 from cme_reward.batch import CMEBatch
+from cme_reward.comparators import PolicyStatistics, needed_statistics, policy_statistics
 from cme_reward.errors import ConfigError, InputError
 
 try:
@@ -81,11 +82,9 @@ class CMEGRPOTrainer(GRPOTrainer):
         if "tool_mask" in out:
             masks = [mask[: len(row)] for mask, row in zip(out["tool_mask"], ids, strict=True)]
             loss_mask_BT = loss_mask_BT & out["tool_mask"].bool()
-        policy = None
-        if self._cme.config.baseline == "policy":
-            logprobs_BT = self._policy_logprobs(out)
-            policy = [logp[: len(row)] for logp, row in zip(logprobs_BT, ids, strict=True)]
-        batch = score(self._cme, prompts, ids, masks, policy)
+        needs = needed_statistics(self._cme)
+        statistics = self._policy_statistics(needs, out, ids) if needs else None
+        batch = score(self._cme, prompts, ids, masks, statistics)
         cme_BT = self._cme_advantages(batch, loss_mask_BT)
 
         weights = self.reward_weights.to(cme_BT)
@@ -96,20 +95,32 @@ class CMEGRPOTrainer(GRPOTrainer):
         self._log_cme(batch, cme_BT, out["advantages"], loss_mask_BT)
         return out
 
-    def _policy_logprobs(self, out: dict[str, Any]) -> torch.Tensor:
-        """The policy's log-probs `[B, T]` of its own tokens at the sampling temperature."""
-        if "old_per_token_logps" in out:
-            return out["old_per_token_logps"]
-        ids = torch.cat([out["prompt_ids"], out["completion_ids"]], dim=1)
-        attention = torch.cat([out["prompt_mask"], out["completion_mask"]], dim=1)
-        with torch.no_grad():
-            return self._get_per_token_logps_and_entropies(
-                self.model,
-                ids,
-                attention,
-                out["completion_ids"].shape[1],
-                batch_size=self.args.per_device_train_batch_size,
-            )[0]
+    def _policy_statistics(
+        self, needs: tuple[str, ...], out: dict[str, Any], ids: list[list[int]]
+    ) -> PolicyStatistics:
+        """What the policy says of its own completions, at the sampling temperature.
+
+        From TRL as far as TRL has it, since that works with sharded weights too.
+        """
+        if "self_certainties" in needs:
+            masks_BP = out["prompt_mask"].bool()
+            prompts = [
+                row[mask].tolist() for row, mask in zip(out["prompt_ids"], masks_BP, strict=True)
+            ]
+            with self.accelerator.autocast():
+                return policy_statistics(self.model, prompts, ids, temperature=self.temperature)
+        logprobs_BT, entropies_BT = out.get("old_per_token_logps"), None
+        if logprobs_BT is None or "entropies" in needs:
+            with torch.no_grad():
+                logprobs_BT, entropies_BT, _ = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([out["prompt_ids"], out["completion_ids"]], dim=1),
+                    torch.cat([out["prompt_mask"], out["completion_mask"]], dim=1),
+                    out["completion_ids"].shape[1],
+                    batch_size=self.args.per_device_train_batch_size,
+                    compute_entropy="entropies" in needs,
+                )
+        return PolicyStatistics(_unpadded(logprobs_BT, ids), _unpadded(entropies_BT, ids))
 
     def _cme_advantages(self, batch: CMEBatch, loss_mask_BT: torch.Tensor) -> torch.Tensor:
         """`[B, T]` for this process's completions, normalised over all processes' groups."""
@@ -199,6 +210,12 @@ class _Recorder:
             raise InputError("TRL did not call the reward function; expected one call per batch")
         call, self.call = self.call, None
         return call
+
+
+def _unpadded(values_BT: torch.Tensor | None, ids: list[list[int]]) -> list[torch.Tensor] | None:
+    if values_BT is None:
+        return None
+    return [values[: len(row)] for values, row in zip(values_BT, ids, strict=True)]
 
 
 def _replace_last(log: deque[Any], values: list[Any]) -> None:

@@ -73,6 +73,7 @@ def load_reward(
     verifier: Verifier | Ensemble | str | None = None,
     policy: Any = None,
     eos_token_ids: Iterable[int] | None = None,
+    device: str | None = None,
     **options: Any,
 ) -> Reward:
     """A reward by its name; all are called alike, see `call_reward`.
@@ -85,6 +86,7 @@ def load_reward(
             alone, and load nothing.
         policy: for "self": the generator, or its name; a copy is kept.
         eos_token_ids: see `CrossModelEntropy`.
+        device: where verifiers that are given by a spec or name are loaded.
         options: keywords of the reward, such as `per_token` (RENT, EM-RL, INTUITOR), `answer`
             (TTRL), `questions` (RLME), `seed` (random).
 
@@ -100,29 +102,24 @@ def load_reward(
     if key in _OWN:
         _check_options(key, _OWN[key], options)
         return _OWN[key](generator_tokenizer, config, **options)
-    if key == "self":
-        if policy is None:
-            raise ConfigError(
-                'the reward "self" needs the generator: policy=MODEL, or the name of one'
-            )
-        verifier = self_verifier(policy, generator_tokenizer, **options)
-        options = {}
-    elif verifier is None:
-        raise ConfigError(
-            f"the reward {key!r} needs a verifier, such as verifier='hf:google/gemma-3-1b-it'"
-        )
-    elif key == "random":
-        verifier = random_verifier(verifier, **options)
-        options = {}
-    elif key == "rlme":
+    named = policy if key == "self" else verifier
+    if named is None:
+        what = "the generator: policy=MODEL" if key == "self" else "a verifier: verifier=VERIFIER"
+        raise ConfigError(f"the reward {key!r} needs {what}, or the name of one")
+    place = {} if device is None or not isinstance(named, str) else {"device": device}
+    if key == "rlme":
         _check_options(key, RLME, options)
-        return RLME(verifier, generator_tokenizer, config, **options)
-    assert verifier is not None
-    if isinstance(verifier, str):
-        verifier = load_verifier(verifier, **options)
+        evaluator = load_verifier(named, **place) if isinstance(named, str) else named
+        return RLME(evaluator, generator_tokenizer, config, **options)
+    if key == "self":
+        named = self_verifier(named, generator_tokenizer, **place, **options)
+    elif key == "random":
+        named = random_verifier(named, **place, **options)
+    elif isinstance(named, str):
+        named = load_verifier(named, **place, **options)
     elif options:
         raise ConfigError(f"{sorted(options)}: no options of a verifier that is loaded already")
-    return CrossModelEntropy(verifier, generator_tokenizer, config, eos_token_ids=eos_token_ids)
+    return CrossModelEntropy(named, generator_tokenizer, config, eos_token_ids=eos_token_ids)
 
 
 def needed_statistics(reward: Any) -> tuple[str, ...]:

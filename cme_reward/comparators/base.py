@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64, flatten_ids, row_offsets, split
+from cme_reward.assembly import _pad
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators.policy import PolicyStatistics
 from cme_reward.config import CMEConfig
@@ -47,7 +48,7 @@ class Call(NamedTuple):
         """How many these are, `[B]`."""
         return np.diff(row_offsets(self.sampled_N.astype(np.int64))[self.offsets])
 
-    def row_sums(self, values_N: Float64) -> Float64:
+    def row_sums(self, values_N: Float64) -> NDArray[Any]:
         """The sum of each response's sampled tokens, `[B]`."""
         rows = np.repeat(np.arange(len(self.ids)), np.diff(self.offsets))
         return np.bincount(rows, np.where(self.sampled_N, values_N, 0), len(self.ids))
@@ -207,20 +208,12 @@ class Comparator:
             last = positions[np.cumsum(counts)[counts > 0] - 1]
             rewards_N[last] = sequence_B[counts > 0]
         return CMEBatch(
-            token_rewards=_padded(rewards_N.astype(np.float32), call.offsets),
-            mask=_padded(call.sampled_N, call.offsets),
+            token_rewards=_pad(rewards_N.astype(np.float32), call.offsets),
+            mask=_pad(call.sampled_N, call.offsets),
             sequence_rewards=torch.from_numpy(sequence_B).float(),
-            token_logprobs=_padded(np.zeros(len(rewards_N), np.float32), call.offsets),
+            token_logprobs=_pad(np.zeros(len(rewards_N), np.float32), call.offsets),
             dropped_nats=torch.zeros(len(call.ids)),
             verifier_tokens=[(np.zeros(0, np.int64), np.zeros(0)) for _ in call.ids],
             metrics=metrics,
             config=self.config,
         )
-
-
-def _padded(flat_N: NDArray[Any], offsets: Int64) -> torch.Tensor:
-    """Rows as a tensor `[B, T]`, padded with 0 on the right."""
-    lengths = np.diff(offsets)
-    padded = np.zeros((len(lengths), lengths.max(initial=0)), dtype=flat_N.dtype)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat_N
-    return torch.from_numpy(padded)

@@ -32,7 +32,7 @@ def random_verifier(
     if isinstance(verifier, Ensemble):
         members = [random_verifier(m, seed=seed, **options) for m in verifier.members]
         return Ensemble(members)  # type: ignore[arg-type]
-    model = getattr(verifier, "model", None)
+    model: Any = getattr(verifier, "model", None)
     if not hasattr(model, "config"):
         raise ConfigError(
             f"the architecture of {verifier.name} is not at hand; expected a TransformersVerifier "
