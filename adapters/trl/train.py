@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 
 from cme_reward import ConfigError, InputError
+from cme_reward.comparators import REWARDS
 from cme_reward.loading import configuration
 from cme_reward.prompts import PromptFormat
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
@@ -40,6 +41,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_argument_group("models and prompts").add_argument
     what("--model", default="Qwen/Qwen2.5-0.5B", help="the policy: a name on the hub or a folder")
     what("--verifier", default="hf:google/gemma-3-1b-it", help="a spec of load_verifier")
+    what("--reward", choices=REWARDS, default="cme", help="another one, to compare with")
     what(
         "--prompts",
         default="HuggingFaceH4/ultrafeedback_binarized",
@@ -70,10 +72,15 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     grpo("--clip", type=float, default=0.2, help="epsilon of the clipped ratio")
     grpo("--kl", type=float, default=0.0, help="coefficient of the KL penalty")
     grpo("--loss", default="grpo", help="mean over tokens, then over responses (Eq. 2)")
-    grpo(
-        "--level", choices=("token", "sequence"), default="token", help="where the reward is given"
-    )
+    grpo("--level", choices=("token", "sequence"), default="token", help="where CME is given")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of CMEConfig")
+    add(
+        "--reward-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the reward, such as per_token=true for rent",
+    )
     add("--trl", action="append", default=[], metavar="KEY=VALUE", help="a setting of GRPOConfig")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     return parser.parse_args(arguments)
@@ -197,6 +204,21 @@ def grpo_config(given: argparse.Namespace) -> GRPOConfig:
     return make(**settings)
 
 
+def reward_options(given: argparse.Namespace) -> dict[str, Any]:
+    """Options of the reward; the policy is the verifier of "self".
+
+    Raises:
+        ConfigError: for a setting that is not KEY=VALUE.
+    """
+    found: dict[str, Any] = {"policy": given.model}
+    for setting in given.reward_set:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--reward-set {setting!r}: expected KEY=VALUE")
+        found[key] = yaml.safe_load(value)
+    return found
+
+
 def main() -> None:
     """Train, and save the policy in the output folder."""
     given = options()
@@ -206,7 +228,9 @@ def main() -> None:
     model, tokenizer = load_policy(given.model)
     trainer = CMEGRPOTrainer(
         model,
-        cme_reward_func(given.verifier, tokenizer, config),
+        cme_reward_func(
+            given.verifier, tokenizer, config, reward=given.reward, **reward_options(given)
+        ),
         args,
         for_policy(prompts, tokenizer, given.system_prompt),
         processing_class=tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,6 +16,8 @@ from cme_reward.errors import ConfigError, InputError
 from cme_reward.verifiers.base import TokenIds
 from cme_reward.verifiers.frozen import input_device
 from cme_reward.verifiers.head import head_logits
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def policy_statistics(
     found = [torch.zeros(3, 0)] * len(rows)
     with _dropout_off(model):
         body = _body(model, device)
+        budget = 1 if body is None else budget
         for batch in _batches([len(row) for row in rows], [len(r) for r in responses], budget):
             # Causal attention never looks right, so padding on the right needs no mask.
             ids_BT = torch.nn.utils.rnn.pad_sequence([rows[b] for b in batch], batch_first=True)
@@ -149,19 +153,24 @@ def _body(model: Any, device: torch.device) -> Any:
             try:
                 states, output_type = _states(model, body, ids_1T)
                 got_TV = head_logits(model, body, output_type, states[0]).float()
-            except Exception:  # model code may object in any way it likes
+            except Exception as error:  # model code may object in any way it likes
+                logger.info("%s as the body of %s: %r", type(body), type(model), error)
                 continue
             error = (got_TV - expected_TV).abs().max()
             if error <= 1e-2 * expected_TV.abs().max():
                 _BODIES[model] = (body,)
                 break
+        else:
+            logger.warning("%s: all logits of a response in memory at once", type(model).__name__)
     return _BODIES[model][0]
 
 
 def _candidates(model: Any) -> Iterator[Any]:
     inner = getattr(model, "module", model)  # DDP
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT
-    for body in (inner.base_model, inner.get_decoder(), getattr(inner, "model", None)):
+    for find in ("base_model", "get_decoder", "model"):
+        body = getattr(inner, find, None)
+        body = body() if find == "get_decoder" and body is not None else body
         if body is not None and body is not inner:
             yield body
 
