@@ -5,7 +5,10 @@ Run as a program it is one of several processes of a training: `RANK=0 ... trl_t
 
 from __future__ import annotations
 
+import os
+import socket
 import statistics
+import subprocess
 import sys
 from collections import defaultdict
 from fractions import Fraction
@@ -20,6 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
 
 from cme_reward import CMEConfig, SpanTable, load_verifier
+from cme_reward.prompts import PromptFormat
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
 GENERATOR = Path(__file__).parent.parent / "examples" / "generator"
@@ -87,13 +91,17 @@ def trainer(
     before: tuple[Any, ...] = (),
     after: tuple[Any, ...] = (),
     options: dict[str, Any] | None = None,
+    reward: str = "cme",
+    reward_options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
-    """A trainer with the entry for CME between other reward functions."""
-    reward = cme_reward_func(verifier(), tokenizer(), config)
+    """A trainer with the entry for CME, or another reward, between other reward functions."""
+    entry = cme_reward_func(
+        verifier(), tokenizer(), config, reward=reward, **(reward_options or {})
+    )
     return CMEGRPOTrainer(
         policy(),
-        [*before, reward, *after],
+        [*before, entry, *after],
         arguments(folder, **changes),
         Dataset.from_list(rows),
         processing_class=tokenizer(),
@@ -104,13 +112,18 @@ def trainer(
 def train(made: Any, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
     """Train; returns the inputs of every loss, as the loss received them."""
     received: list[dict[str, torch.Tensor]] = []
-    compute_loss = made._compute_loss
+    compute_loss, generate = made._compute_loss, made._generate_and_score_completions
+
+    def numbered(inputs: Any) -> dict[str, torch.Tensor]:
+        """TRL shuffles what comes from here, all tensors alike."""
+        out = generate(inputs)
+        return {**out, "position": torch.arange(len(out["completion_ids"]))}
 
     def spy(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         received.append({key: value.detach().clone() for key, value in inputs.items()})
         return compute_loss(model, inputs)
 
-    made._compute_loss = spy
+    made._compute_loss, made._generate_and_score_completions = spy, numbered
     made.train(**kwargs)
     return received
 
@@ -131,6 +144,7 @@ def rows_of(received: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
                 {
                     "prompt": tokenizer().decode(prompt_ids).removesuffix("\n"),
                     "ids": inputs["completion_ids"][b, :n].tolist(),
+                    "position": int(inputs["position"][b]),
                     "sampled": tool_BT[b, :n].tolist(),
                     "advantages": per_token[:n].tolist(),
                     "own_logprobs": inputs["old_per_token_logps"][b, :n].tolist()
@@ -141,26 +155,28 @@ def rows_of(received: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
     return rows
 
 
-def verifier_logprobs(prompt_ids: list[int], ids: list[int]) -> list[float]:
+def verifier_logprobs(prompt_ids: list[int], ids: list[int], model: Any = None) -> list[float]:
     """One plain forward pass, unbatched and uncached."""
+    model = verifier().model if model is None else model
     with torch.no_grad():
-        logits = verifier().model(torch.tensor([prompt_ids + ids])).logits[0].double()
+        logits = model(torch.tensor([prompt_ids + ids])).logits[0].double()
     logp = logits.log_softmax(-1)
     start = len(prompt_ids) - 1
     return [logp[start + s, i].item() for s, i in enumerate(ids)]
 
 
-def naive_rewards(prompt: str, ids: list[int]) -> tuple[list[float | None], float]:
+def naive_rewards(prompt: str, ids: list[int], by: Any = None) -> tuple[list[float | None], float]:
     """Reward of each token (None where masked) and the sequence reward, for one assistant turn."""
-    reader = verifier().tokenizer
+    by = verifier() if by is None else by
+    reader = by.tokenizer
     messages = [{"role": "user", "content": prompt}]
     prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     text, generator_ends = SpanTable(tokenizer()).decode(ids)
     ends = generator_ends.tolist()  # twelfths of a character
     verifier_ids, verifier_ends = SpanTable(reader).encode(text)
     ended = ids[-1:] == [EOS]
-    asked = verifier_ids.tolist() + [reader.convert_tokens_to_ids("<|end|>")] * ended
-    logp = verifier_logprobs(prompt_ids, asked)
+    asked = verifier_ids.tolist() + [PromptFormat(reader).end_of_turn] * ended
+    logp = verifier_logprobs(prompt_ids, asked, by.model)
     aligned = oracle.align(
         [Fraction(value) for value in logp[: len(verifier_ids)]],
         verifier_ends.tolist(),
@@ -172,7 +188,7 @@ def naive_rewards(prompt: str, ids: list[int]) -> tuple[list[float | None], floa
         rewards.append(None if end == start or shown.isspace() else float(value))
     if ended:
         rewards[-1] = logp[-1]
-    return rewards, statistics.fmean(logp) if logp else -float(torch.tensor(2048.0).log())
+    return rewards, statistics.fmean(logp) if logp else -float(torch.tensor(len(reader)).log())
 
 
 def normalised(values: list[float | None], *, scale: str, eps: float) -> list[float]:
@@ -192,11 +208,13 @@ def by_prompt(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(groups.values())
 
 
-def expected_advantages(rows: list[dict[str, Any]], config: CMEConfig) -> list[list[float]]:
+def expected_advantages(
+    rows: list[dict[str, Any]], config: CMEConfig, by: Any = None
+) -> list[list[float]]:
     """Per-token advantages of `rows`, in their order, from their ids alone."""
     expected: dict[int, list[float]] = {}
     for group in by_prompt(rows):
-        scored = [naive_rewards(row["prompt"], row["ids"]) for row in group]
+        scored = [naive_rewards(row["prompt"], row["ids"], by) for row in group]
         if config.level == "sequence":
             same = normalised([s for _, s in scored], scale=config.scale, eps=config.eps)
             for row, advantage in zip(group, same, strict=True):
@@ -222,14 +240,52 @@ def worst_error(rows: list[dict[str, Any]], expected: list[list[float]]) -> floa
     )
 
 
-def main(folder: Path) -> None:
-    made = trainer(folder, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+def text_length(text: str) -> int:
+    """An "answer" on which untrained rollouts agree now and then."""
+    return len(text) // 8
+
+
+def two_processes(folder: Path, reward: str) -> list[Any]:
+    """What `main` saves, of a training of two processes that share the rollouts of one prompt."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in (0, 1):
+        environ = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        command = [sys.executable, __file__, str(folder), reward]
+        processes.append(
+            subprocess.Popen(
+                command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def main(folder: Path, reward: str) -> None:
+    made = trainer(
+        folder,
+        reward=reward,
+        reward_options={"answer": text_length} if reward == "ttrl" else {},
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+    )
     assert made.accelerator.num_processes == 2
     assert torch.distributed.get_backend() == "gloo"
     received = train(made)
-    log = [entry for entry in made.state.log_history if "cme/coverage" in entry]
+    log = [entry for entry in made.state.log_history if f"{reward}/repetition" in entry]
     torch.save((received, log), folder / f"{made.accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import runpy
-import socket
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -279,29 +276,7 @@ def test_where_trl_stops_is_the_end_of_a_response(tmp_path: Path) -> None:
 
 def test_two_processes_normalise_groups_together(tmp_path: Path) -> None:
     """Two rollouts of a prompt on each process; the four are one group."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in (0, 1):
-        environ = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        }
-        command = [sys.executable, str(ROOT / "tests" / "trl_tiny.py"), str(tmp_path)]
-        processes.append(
-            subprocess.Popen(
-                command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    of_ranks = tiny.two_processes(tmp_path, "cme")
     rows = [row for received, _ in of_ranks for row in tiny.rows_of(received)]
     assert [len(tiny.rows_of(received)) for received, _ in of_ranks] == [2, 2]
     (group,) = tiny.by_prompt(rows)
