@@ -77,6 +77,19 @@ def test_options_are_checked(name: str, options: dict[str, Any], message: str) -
         load_reward(name, TOKENIZER, **options)
 
 
+def test_a_device_is_for_verifiers_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def spy(spec: str, **options: Any) -> Any:
+        seen.append(options)
+        return TableVerifier(TOKENIZER)
+
+    monkeypatch.setattr("cme_reward.comparators.load_verifier", spy)
+    for spec in ("vllm:http://a", "hf:x+ sglang:http://b", "hf:vllm/x"):
+        load_reward("cme", TOKENIZER, verifier=spec, device="cuda:1")
+    assert seen == [{}, {}, {"device": "cuda:1"}]
+
+
 def parameters(verifier: Any) -> torch.Tensor:
     return torch.cat([weight.flatten() for weight in verifier.model.parameters()])
 
@@ -84,7 +97,7 @@ def parameters(verifier: Any) -> torch.Tensor:
 def test_the_random_control_is_the_same_architecture_untrained() -> None:
     trained: Any = cme_reward.load_verifier("embedded", device="cpu")
     for given in ("embedded", f"hf:{FOLDER}", f"random:{FOLDER}", trained):
-        place = {} if given is trained else {"device": "cpu"}
+        place: dict[str, Any] = {} if given is trained else {"device": "cpu"}
         control: Any = random_verifier(given, **place)
         assert control.name.startswith("random:")
         assert control.tokenizer.get_vocab() == trained.tokenizer.get_vocab()

@@ -144,7 +144,7 @@ def test_nothing_gives_nothing() -> None:
     ],
 )
 def test_arguments_are_checked(
-    prompts: Any, responses: Any, options: dict[str, float], message: str
+    prompts: Any, responses: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         policy_statistics(build(CONFIGS["llama"]), prompts, responses, **options)

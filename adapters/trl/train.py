@@ -208,14 +208,20 @@ def reward_options(given: argparse.Namespace) -> dict[str, Any]:
     """Options of the reward; the policy is the verifier of "self".
 
     Raises:
-        ConfigError: for a setting that is not KEY=VALUE.
+        ConfigError: for a setting that cannot be read.
     """
     found: dict[str, Any] = {"policy": given.model}
     for setting in given.reward_set:
         key, equals, value = setting.partition("=")
+        try:
+            found[key] = yaml.safe_load(value) if equals else None
+        except yaml.YAMLError:
+            equals = ""
         if not equals:
-            raise ConfigError(f"--reward-set {setting!r}: expected KEY=VALUE")
-        found[key] = yaml.safe_load(value)
+            raise ConfigError(
+                f"--reward-set {setting!r}: expected KEY=VALUE with a value in YAML, such as "
+                "questions=['Is it true?']"
+            )
     return found
 
 

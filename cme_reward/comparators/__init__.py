@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -42,8 +43,6 @@ __all__ = [
     "self_verifier",
 ]
 
-Reward = CrossModelEntropy | Comparator
-
 REWARDS = {
     "cme": "cross-model entropy of a verifier (arXiv 2605.29009)",
     "rent": "negative mean token entropy of the generator (arXiv 2505.22660)",
@@ -56,6 +55,7 @@ REWARDS = {
     "random": "control: cross-model entropy of the verifier's architecture, untrained",
 }
 
+_SERVED = re.compile(r"(?:^|\+)\s*(?:vllm|sglang):")
 _OWN: dict[str, Callable[..., Comparator]] = {
     "rent": RENT,
     "em-rl-token": EMRLToken,
@@ -75,8 +75,8 @@ def load_reward(
     eos_token_ids: Iterable[int] | None = None,
     device: str | None = None,
     **options: Any,
-) -> Reward:
-    """A reward by its name; all are called alike, see `call_reward`.
+) -> Any:
+    """A reward by its name, a `CrossModelEntropy` or a `Comparator`; `call_reward` calls either.
 
     Args:
         name: one of `REWARDS`.
@@ -86,7 +86,7 @@ def load_reward(
             alone, and load nothing.
         policy: for "self": the generator, or its name; a copy is kept.
         eos_token_ids: see `CrossModelEntropy`.
-        device: where verifiers that are given by a spec or name are loaded.
+        device: where a verifier that is given by a spec or name is loaded, if in this process.
         options: keywords of the reward, such as `per_token` (RENT, EM-RL, INTUITOR), `answer`
             (TTRL), `questions` (RLME), `seed` (random).
 
@@ -106,7 +106,8 @@ def load_reward(
     if named is None:
         what = "the generator: policy=MODEL" if key == "self" else "a verifier: verifier=VERIFIER"
         raise ConfigError(f"the reward {key!r} needs {what}, or the name of one")
-    place = {} if device is None or not isinstance(named, str) else {"device": device}
+    here = isinstance(named, str) and not _SERVED.search(named)
+    place = {"device": device} if here and device is not None else {}
     if key == "rlme":
         _check_options(key, RLME, options)
         evaluator = load_verifier(named, **place) if isinstance(named, str) else named

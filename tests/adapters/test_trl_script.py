@@ -38,7 +38,7 @@ def test_the_defaults_are_the_papers(script: dict[str, Any]) -> None:
     assert given.model == "Qwen/Qwen2.5-0.5B"
     assert given.verifier == "hf:google/gemma-3-1b-it"
     assert given.n_prompts == 5000
-    assert (given.precision, given.level) == ("bf16", "token")
+    assert (given.precision, given.level, given.reward) == ("bf16", "token", "cme")
     assert args.learning_rate == 3e-6
     assert (args.warmup_steps, args.lr_scheduler_type) == (20, "cosine")
     assert args.max_grad_norm == 1.0
@@ -117,3 +117,31 @@ def test_it_trains(policy_folder: str, tmp_path: Path, monkeypatch: pytest.Monke
         for folder in (policy_folder, output)
     )
     assert not torch.equal(before, after)
+
+
+def test_another_reward_is_one_option(
+    script: dict[str, Any], policy_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "--steps 1 --completions-per-update 8 --completions-at-once 4 --rollouts 4"
+    arguments = [
+        *("--model", policy_folder, "--verifier", "embedded", "--precision", "fp32"),
+        *("--prompts", str(ROOT / "examples" / "gsm8k.jsonl"), "--trl", "save_steps=1"),
+        *(*small.split(), "--response-tokens", "8", "--trl", "gradient_checkpointing=false"),
+    ]
+    for name, more in (
+        ("rent", ["--reward-set", "per_token=true"]),
+        ("rlme", ["--reward-set", "questions=['Is it true?', 'Is it polite?']"]),
+        ("self", []),
+    ):
+        output = tmp_path / name
+        given = ["--reward", name, "--output", str(output), *more]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, *given])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        (state,) = output.glob("checkpoint-1/trainer_state.json")
+        log = json.loads(state.read_text())["log_history"][-1]
+        assert f"{name}/repetition" in log
+        assert ("rlme/positive_1" in log) == (name == "rlme")
+        assert ("self/coverage" in log) == (name == "self")
+    for wrong in ("per_token", "questions=[Is it true?, Is it polite?]"):
+        with pytest.raises(ConfigError, match="expected KEY=VALUE with a value in YAML"):
+            script["reward_options"](script["options"](["--reward-set", wrong]))
