@@ -109,8 +109,11 @@ def trainer(
     )
 
 
-def train(made: Any, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
-    """Train; returns the inputs of every loss, as the loss received them."""
+def train(made: Any, *, in_order: bool = False, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
+    """Train; returns the inputs of every loss, as the loss received them.
+
+    `in_order` adds the position that a completion had when it was scored.
+    """
     received: list[dict[str, torch.Tensor]] = []
     compute_loss, generate = made._compute_loss, made._generate_and_score_completions
 
@@ -123,7 +126,9 @@ def train(made: Any, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
         received.append({key: value.detach().clone() for key, value in inputs.items()})
         return compute_loss(model, inputs)
 
-    made._compute_loss, made._generate_and_score_completions = spy, numbered
+    made._compute_loss = spy
+    if in_order:
+        made._generate_and_score_completions = numbered
     made.train(**kwargs)
     return received
 
@@ -144,7 +149,7 @@ def rows_of(received: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
                 {
                     "prompt": tokenizer().decode(prompt_ids).removesuffix("\n"),
                     "ids": inputs["completion_ids"][b, :n].tolist(),
-                    "position": int(inputs["position"][b]),
+                    "position": int(inputs["position"][b]) if "position" in inputs else None,
                     "sampled": tool_BT[b, :n].tolist(),
                     "advantages": per_token[:n].tolist(),
                     "own_logprobs": inputs["old_per_token_logps"][b, :n].tolist()
@@ -282,7 +287,7 @@ def main(folder: Path, reward: str) -> None:
     )
     assert made.accelerator.num_processes == 2
     assert torch.distributed.get_backend() == "gloo"
-    received = train(made)
+    received = train(made, in_order=True)
     log = [entry for entry in made.state.log_history if f"{reward}/repetition" in entry]
     torch.save((received, log), folder / f"{made.accelerator.process_index}.pt")
 

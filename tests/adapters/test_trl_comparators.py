@@ -38,7 +38,7 @@ def train(made: Any) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
         return generate(inputs)
 
     made._generate_and_score_completions = spy
-    return tiny.train(made), policies
+    return tiny.train(made, in_order=True), policies
 
 
 def sharpened(made: Any) -> Any:
@@ -198,7 +198,7 @@ def test_the_stock_trainer_takes_what_needs_no_policy(name: str, tmp_path: Path)
         Dataset.from_list(tiny.CHAT),
         processing_class=tiny.tokenizer(),
     )
-    rows = tiny.rows_of(tiny.train(stock))
+    rows = tiny.rows_of(tiny.train(stock, in_order=True))
     rewards = [r for group in tiny.by_prompt(rows) for r in scalar(name, group, None, 1.0)]
     log = stock.state.log_history[0]
     assert log[f"rewards/{name}/mean"] == pytest.approx(statistics.fmean(rewards), abs=1e-4)

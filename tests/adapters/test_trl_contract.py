@@ -45,6 +45,7 @@ def test_signatures() -> None:
         "logits_to_keep",
         "batch_size",
     ]
+    assert "compute_entropy" in names(GRPOTrainer._get_per_token_logps_and_entropies)
     assert names(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
 
 
