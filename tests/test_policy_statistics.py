@@ -123,6 +123,23 @@ def test_the_policy_stays_as_it_was_and_is_asked_without_dropout() -> None:
     assert_equal(found, naive(model.eval(), prompts, responses), 1e-5)
 
 
+def test_a_policy_in_ddp() -> None:
+    model = build(CONFIGS["qwen3"])
+    prompts, responses = ragged_batch()
+    bare = policy_statistics(model, prompts, responses)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        found = policy_statistics(wrapped, prompts, responses)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.entropies is not None
+    assert bare.entropies is not None
+    for ours, theirs in zip(found.entropies, bare.entropies, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_half_precision_is_measured_in_float32() -> None:
     """In bfloat16 the sum of probabilities of an entropy would be off by a percent."""
     model = build(CONFIGS["llama"], torch.bfloat16)

@@ -81,7 +81,7 @@ def policy_statistics(
     if not temperature > 0:
         raise InputError(f"temperature={temperature!r}; expected the positive one of sampling")
     _refuse_shards(model)
-    device = input_device(model)
+    device = input_device(getattr(model, "module", model))
     on_cpu = device.type == "cpu"
     budget = batch_tokens or (512 if on_cpu else 16_384)
     rows = [
