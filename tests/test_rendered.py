@@ -1,0 +1,237 @@
+"""Rendered prompts read back: exactly, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from conftest import CHATML, REAL, load_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cme_reward import InputError, SpanTable
+from cme_reward._rendered import RenderedReader, messages_from_label
+
+QWEN = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    "{% endif %}" + CHATML
+)
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}"
+    "{% set system, rest = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] %}"
+    "{% else %}{% set system, rest = '', messages %}{% endif %}"
+    "{% for m in rest %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ system if loop.index0 == 0 else '' }}"
+    "{{ m.content.strip() }} [/INST]"
+    "{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (  # no system role: at the head of the user's first message
+    "{% if messages[0].role == 'system' %}{% set system, rest = messages[0].content + '\n\n', "
+    "messages[1:] %}{% else %}{% set system, rest = '', messages %}{% endif %}"
+    "{% for m in rest %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ system if loop.first else '' }}{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+DATED = (
+    "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}"
+    "{% set messages = messages[1:] %}{% endif %}<|im_end|>\n" + CHATML
+)
+TEMPLATES = {"chatml": CHATML, "qwen": QWEN, "llama2": LLAMA2, "gemma": GEMMA, "dated": DATED}
+ASK = [{"role": "user", "content": "What is 2 + 3?\n\nSay it in one word."}]
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+TALK = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+]
+LONG_TALK = [*TALK, {"role": "assistant", "content": "4"}, {"role": "user", "content": "5"}]
+
+
+def generator(template: str, kind: str = "byte-level") -> Any:
+    tokenizer = copy.deepcopy(load_tokenizer(kind))
+    tokenizer.chat_template = TEMPLATES.get(template, template)
+    return tokenizer
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **options
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    "messages",
+    [ASK, TALK, LONG_TALK, SYSTEM + ASK, SYSTEM + TALK, SYSTEM + LONG_TALK],
+    ids=["ask", "talk", "long", "system-ask", "system-talk", "system-long"],
+)
+def test_a_rendered_conversation_is_read_back(template: str, messages: Any) -> None:
+    kind = "sentencepiece-dummy" if template == "llama2" else "byte-level"
+    tokenizer = generator(template, kind)
+    got = RenderedReader(tokenizer).prompt(render(tokenizer, messages))
+    if template == "gemma" and messages[0]["role"] == "system":
+        # Gemma's template writes one message of the two, and nothing tells them apart again.
+        first = {"role": "user", "content": f"Be brief.\n\n{messages[1]['content']}"}
+        messages = [first, *messages[2:]]
+    assert got == messages
+
+
+def test_a_system_prompt_of_the_template_is_none_of_the_users() -> None:
+    tokenizer = generator("qwen")
+    assert "You are helpful" in render(tokenizer, ASK)
+    assert RenderedReader(tokenizer).prompt(render(tokenizer, ASK)) == ASK
+    other = [{"role": "system", "content": "You are terse."}, *ASK]
+    assert RenderedReader(tokenizer).prompt(render(tokenizer, other)) == other
+
+
+def test_a_date_is_taken_from_the_prompt() -> None:
+    """A trainer renders its prompts once; a run goes on after midnight."""
+    tokenizer = generator("dated")
+    reader = RenderedReader(tokenizer)
+    for messages in (ASK, SYSTEM + TALK):
+        yesterday = render(tokenizer, messages, strftime_now=lambda form: "31 Dec 1999")
+        assert "31 Dec 1999" in yesterday
+        assert reader.prompt(yesterday) == messages
+    with pytest.raises(InputError, match=r"cannot read the prompt .*im_start"):
+        reader.prompt(render(tokenizer, ASK, strftime_now=lambda form: "today"))
+
+
+def test_a_prompt_in_plain_text_is_one() -> None:
+    tokenizer = generator(LLAMA2, "sentencepiece-dummy")
+    assert RenderedReader(tokenizer).prompt("<s>Once upon a <s> time") == "Once upon a <s> time"
+    assert RenderedReader(load_tokenizer("sentencepiece")).prompt("Q: 2?\nA:") == "Q: 2?\nA:"
+
+
+def test_a_prompt_without_its_bos_is_read() -> None:
+    tokenizer = generator("llama2", "sentencepiece-dummy")
+    rendered = render(tokenizer, TALK)
+    assert RenderedReader(tokenizer).prompt(rendered.removeprefix("<s>")) == TALK
+
+
+def test_options_of_the_template() -> None:
+    tokenizer = generator(CHATML + "{% if quick %}<think>\n\n</think>\n\n{% endif %}")
+    rendered = render(tokenizer, ASK, quick=True)
+    assert RenderedReader(tokenizer, {"quick": True}).prompt(rendered) == ASK
+    with pytest.raises(InputError, match="markup"):
+        RenderedReader(tokenizer).prompt(rendered)
+
+
+@pytest.mark.parametrize(
+    "rendered",
+    [
+        render(generator("chatml"), [*ASK, *ASK]),
+        render(generator("chatml"), [*TALK[:2], {"role": "tool", "content": "4"}]),
+        render(generator("chatml"), TALK[1:]),
+        render(generator("chatml"), ASK).removesuffix("assistant\n"),
+        "<|im_start|>user\nhalf a prompt",
+        "cut on the left<|im_end|>\n<|im_start|>assistant\n",
+    ],
+    ids=["user-twice", "tool", "assistant-first", "cut-right", "unfinished", "cut-left"],
+)
+def test_other_markup_is_refused_and_never_text(rendered: str) -> None:
+    with pytest.raises(InputError, match=r"'<\|im_start\|>' in it is markup .* as JSON in the la"):
+        RenderedReader(generator("chatml")).prompt(rendered)
+
+
+def test_markup_that_is_no_special_token_is_refused_too() -> None:
+    reader = RenderedReader(generator("llama2", "sentencepiece-dummy"))
+    for rendered in ("<s>[INST] a [/INST]<s>[INST] b [/INST]", "[INST] a", "<<SYS>>\nS\n<</SYS>>"):
+        with pytest.raises(InputError, match="is markup"):
+            reader.prompt(rendered)
+
+
+_CACHE: dict[str, Any] = {}
+_READERS: dict[str, RenderedReader] = {}
+text = st.text(st.sampled_from("ab \n<s>[/]|é🤷"), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    template=st.sampled_from(list(TEMPLATES)),
+    system=st.none() | text,
+    contents=st.lists(text, min_size=1, max_size=5).filter(lambda c: len(c) % 2 == 1),
+)
+def test_whatever_is_read_renders_the_same(
+    template: str, system: str | None, contents: list[str]
+) -> None:
+    tokenizer = _CACHE.setdefault(template, generator(template, "sentencepiece-dummy"))
+    reader = _READERS.setdefault(template, RenderedReader(tokenizer))
+    messages = [
+        {"role": ["user", "assistant"][k % 2], "content": c} for k, c in enumerate(contents)
+    ]
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    rendered = render(tokenizer, messages)
+    try:
+        got = reader.prompt(rendered)
+    except InputError:
+        return  # contents that look like markup
+    if isinstance(got, str):
+        assert got == rendered  # a template without markup for this conversation
+    else:
+        assert render(tokenizer, [dict(m) for m in got]) == rendered
+
+
+def test_a_prompt_made_to_be_slow_is_read_in_one_go() -> None:
+    """As many turns as can be: the work is bounded (no assertion on time, or this never ends)."""
+    reader = RenderedReader(generator("llama2", "sentencepiece-dummy"))
+    with pytest.raises(InputError):
+        reader.prompt("<s>[INST] a" + " [/INST] b </s><s>[INST] c" * 20_000)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "sentencepiece-dummy"])
+def test_the_response_is_what_follows_the_prompt(kind: str) -> None:
+    tokenizer = generator("llama2" if "sentencepiece" in kind else "chatml", kind)
+    reader, table = RenderedReader(tokenizer), SpanTable(tokenizer)
+    rendered = render(tokenizer, ASK)
+    prompt_ids = tokenizer.encode(rendered, add_special_tokens=False)
+    for written in (" Größe 🤷🏽, one\n", "no space", ""):
+        sampled = [*table.encode(written)[0].tolist(), tokenizer.eos_token_id]
+        query = tokenizer.decode([*prompt_ids, *sampled], skip_special_tokens=False)
+        got = reader.ids(reader.response(query, rendered))
+        assert got[-1] == tokenizer.eos_token_id
+        assert table.decode(got)[0] == table.decode(sampled)[0]
+
+
+def test_a_query_of_which_the_trainer_cut_the_start() -> None:
+    reader = RenderedReader(generator("chatml"))
+    rendered = render(reader.tokenizer, [{"role": "user", "content": "again and again, " * 9}])
+    for cut in (1, 20, 60, 100):
+        assert reader.response(rendered[cut:] + "yes", rendered) == "yes"
+    for query in ("yes", "", "<|im_start|>user\n", rendered[:-1] + "yes"):
+        with pytest.raises(InputError, match="does not start with its prompt"):
+            reader.response(query, rendered)
+
+
+def test_the_rest_of_a_character_that_was_cut_off_is_not_text() -> None:
+    reader = RenderedReader(generator("chatml"))
+    assert reader.ids("ok \ufffd") == reader.ids("ok ")
+    assert reader.ids("ok \ufffd<|im_end|>") != reader.ids("ok <|im_end|>")
+
+
+def test_labels_that_carry_messages() -> None:
+    for label in (ASK, json.dumps(ASK), " " + json.dumps(SYSTEM + ASK)):
+        got = messages_from_label(label)
+        assert got is not None
+        assert got[-1] == ASK[0]
+    for label in (None, "42", "[1, 2]", "[half", "[]", [], 7, {"role": "user"}, "[" * 100_000):
+        assert messages_from_label(label) is None
+    with pytest.raises(InputError, match=r"end with the assistant's 'Two\.'"):
+        messages_from_label(TALK[:2])
+
+
+@pytest.mark.parametrize("name", [name for name in REAL if name in ("llama3", "qwen2.5", "gemma3")])
+def test_real_tokenizers(name: str) -> None:
+    tokenizer = load_tokenizer(name)
+    reader = RenderedReader(tokenizer)
+    for messages in (ASK, TALK, LONG_TALK):
+        rendered = render(tokenizer, messages)
+        assert reader.prompt(rendered) == messages
+        ids = tokenizer.encode(rendered, add_special_tokens=False)
+        sampled = [*SpanTable(tokenizer).encode("So , it's 5!")[0].tolist(), tokenizer.eos_token_id]
+        query = tokenizer.decode([*ids, *sampled], skip_special_tokens=False)
+        assert reader.ids(reader.response(query, rendered)) == sampled
