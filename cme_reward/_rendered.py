@@ -120,8 +120,8 @@ class RenderedReader:
                 at = query.rfind(tail, 0, at + len(tail) - 1)
         raise InputError(
             f"the query {_short(query)} does not start with its prompt {_short(rendered)}, nor "
-            f"with the end of it, as {self.tokenizer.name_or_path!r} decodes it; expected the decoded "
-            "ids of prompt and response, special tokens included"
+            f"with the end of it, as {self.tokenizer.name_or_path!r} decodes it. Expected the "
+            "decoded ids of prompt and response, special tokens included"
         )
 
     def ids(self, response: str) -> list[int]:

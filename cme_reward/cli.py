@@ -1,4 +1,4 @@
-"""The command line: `cme-reward score` and `cme-reward check-pair`.
+"""The command line: `cme-reward score`, `check-pair` and `serve`.
 
 Help has to come at once, so that everything else is imported by the command that needs it.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cme_reward.errors import InputError
+from cme_reward.serve_command import serve
 from cme_reward.terminal import (
     busy,
     clean_errors,
@@ -64,7 +65,8 @@ def _root(
     models may have different tokenizers.
 
     Try `cme-reward check-pair GENERATOR VERIFIER` to see whether two tokenizers fit
-    together, and `cme-reward score FILE.jsonl` to score responses.
+    together, `cme-reward score FILE.jsonl` to score responses, and `cme-reward serve` to serve
+    rewards to a trainer.
     """
 
 
@@ -299,3 +301,6 @@ def check_pair(
 
             show(found, Console(highlight=False))
     raise typer.Exit(0 if found.exact else 1)
+
+
+app.command(no_args_is_help=True)(serve)

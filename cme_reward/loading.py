@@ -63,7 +63,7 @@ def load_tokenizer(name: str) -> Any:
     if name == "embedded" and not Path(name).exists():
         where = str(Path(cme_reward.verifiers.__file__).parent / "embedded")
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # of many kinds, for an unknown name, no network, a broken file
         first = str(error).strip().partition("\n")[0]
         raise TokenizerError(

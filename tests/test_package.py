@@ -77,7 +77,7 @@ def test_the_core_does_not_know_the_frameworks() -> None:
     """Data flows one way: adapters import the core, nothing of the core imports an adapter."""
     root = Path(cme_reward.__file__).parent
     for path in root.glob("*.py"):
-        if path.stem in ("verl", "openrlhf", "trl", "server", "cli"):
+        if path.stem in ("verl", "openrlhf", "trl", "server", "serve_command", "cli"):
             continue
         text = path.read_text()
         for adapter in ("verl", "openrlhf", "trl", "server"):

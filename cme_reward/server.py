@@ -1,0 +1,320 @@
+"""A reward server: cross-model entropy over HTTP, for OpenRLHF's `--remote_rm_url` and others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from cme_reward import __version__
+from cme_reward._rendered import RenderedReader, messages_from_label
+from cme_reward.batch import CMEBatch
+from cme_reward.config import CMEConfig
+from cme_reward.errors import CMEError, InputError, VerifierError
+from cme_reward.loading import end_of_turn
+from cme_reward.reward import CrossModelEntropy
+from cme_reward.verifiers import Ensemble, Verifier
+from cme_reward.verifiers.base import close
+from cme_reward.verifiers.batching import BatchingVerifier
+
+try:
+    from fastapi import FastAPI
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, Response
+    from starlette.exceptions import HTTPException
+
+    from cme_reward._server_gate import Gate, GateState
+    from cme_reward._server_metrics import MeteredVerifier, ServerMetrics
+    from cme_reward._server_models import (
+        ChatMessage,
+        Health,
+        Refusal,
+        RewardReply,
+        RewardRequest,
+        ScoreReply,
+        ScoreRequest,
+        plain_messages,
+    )
+    from cme_reward._server_settings import ServerSettings
+except ModuleNotFoundError as error:
+    if error.name not in ("fastapi", "prometheus_client"):
+        raise
+    raise ModuleNotFoundError(
+        'cme_reward.server needs FastAPI: pip install "cme-reward[serve]"', name=error.name
+    ) from error
+
+__all__ = ["ServerSettings", "create_app"]
+
+logger = logging.getLogger("cme_reward.server")
+
+_LOGGED = (
+    "token_reward_mean",
+    "token_reward_std",
+    "coverage",
+    "dropped_nats",
+    "verifier_tokens_per_token",
+    "truncated",
+    "repetition",
+)
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal, "description": description}
+    for status, description in {
+        400: "Not JSON.",
+        401: "No token, or another one.",
+        408: "The body came too slowly.",
+        413: "The body is too long.",
+        415: "Not application/json.",
+        422: "JSON that says nothing that can be scored.",
+        429: "Too much to do; Retry-After says when to come back.",
+        500: "The verifier failed on this request.",
+        503: "The server is shutting down.",
+    }.items()
+}
+
+
+def create_app(
+    verifier: Verifier | Ensemble,
+    generator_tokenizer: Any,
+    config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
+    settings: ServerSettings = ServerSettings(),  # noqa: B008 (frozen)
+    *,
+    max_batch_tokens: int = 65_536,
+) -> FastAPI:
+    """The server as an ASGI application, to run under uvicorn or inside another one.
+
+    Requests that wait for the verifier are scored together, rollouts of one prompt next to each
+    other. The verifier is closed when the application ends.
+
+    Args:
+        verifier: see `load_verifier`.
+        generator_tokenizer: of the model that samples the responses; its ids are scored, and its
+            chat template wrote the prompts that OpenRLHF sends.
+        config: see `CMEConfig`; `level` is the default of `/v1/score`.
+        settings: limits and access.
+        max_batch_tokens: see `BatchingVerifier`.
+    """
+    metrics = ServerMetrics()
+    shared = _shared(verifier, metrics, max_batch_tokens)
+    scorer = CrossModelEntropy(shared, generator_tokenizer, replace(config, level="token"))
+    service = _Service(scorer, config.level, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        close(shared)
+
+    app = FastAPI(
+        title="cme-reward",
+        summary="Cross-model entropy rewards",
+        version=__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    state = GateState()
+    app.state.gate = state
+    app.add_middleware(Gate, settings=settings, state=state, metrics=metrics)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(CMEError, _failed)
+    app.add_exception_handler(HTTPException, _other)
+    app.add_exception_handler(Exception, _unforeseen)
+    metrics.info.info({"version": __version__, "verifier": shared.name})
+
+    @app.post("/v1/score", response_model=ScoreReply, responses=_REFUSALS)
+    async def score(request: ScoreRequest) -> Response:
+        """Rewards of responses, per token or per response."""
+        return _json(await service.score(request))
+
+    @app.post("/get_reward", response_model=RewardReply, responses=_REFUSALS)
+    async def get_reward(request: RewardRequest) -> Response:
+        """OpenRLHF's remote reward: a number for each response."""
+        return _json(await service.get_reward(request))
+
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
+    async def health() -> Response:
+        """200 where requests are served, 503 where the server is shutting down."""
+        status = "draining" if state.draining else "ok"
+        reply = service.health() | {"status": status}
+        return JSONResponse(reply, status_code=503 if state.draining else 200)
+
+    @app.get("/metrics", response_class=Response, responses={401: _REFUSALS[401]})
+    async def prometheus() -> Response:
+        """Counters in Prometheus' text format."""
+        from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+        text = await asyncio.to_thread(generate_latest, metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    return app
+
+
+class _Service:
+    """What the endpoints do, apart from HTTP."""
+
+    def __init__(self, scorer: CrossModelEntropy, level: str, metrics: ServerMetrics) -> None:
+        self.level = level
+        self.scorer = scorer
+        self.scorer._warned = True  # each reply says it for itself
+        self.reader = RenderedReader(scorer.generator_tokenizer)
+        self.metrics = metrics
+
+    def health(self) -> dict[str, Any]:
+        return {
+            "verifier": self.scorer.verifier.name,
+            "generator": str(getattr(self.scorer.generator_tokenizer, "name_or_path", "")),
+            "max_length": min(member.max_length for member in self.scorer.members),
+            "version": __version__,
+        }
+
+    async def score(self, request: ScoreRequest) -> dict[str, Any]:
+        n = request.check()
+        ids = request.response_ids
+        if ids is None:
+            ids = await asyncio.to_thread(self._ids, request.responses or [], request.append_eos)
+        batch = await self.scorer.score_async(
+            request.conversations(n), ids, request.response_masks, request.policy_logprobs
+        )
+        self.metrics.scored(batch)
+        level = request.level or self.level
+        reply = {
+            "level": level,
+            "verifier": self.scorer.verifier.name,
+            "sequence_rewards": batch.sequence_rewards.tolist(),
+            "token_rewards": None,
+            "masks": None,
+            "tokens": None,
+            "dropped_nats": batch.dropped_nats.tolist(),
+            "truncated": int(batch.metrics["truncated"]),
+            "metrics": batch.metrics,
+        }
+        if level == "token":
+            reply["token_rewards"] = _rows(batch.token_rewards, ids)
+            reply["masks"] = _rows(batch.mask, ids)
+        if request.return_tokens:
+            reply["tokens"] = [self.scorer.table.tokens(row) for row in ids]
+        return reply
+
+    async def get_reward(self, request: RewardRequest) -> dict[str, Any]:
+        request.check()
+        labels = request.labels or [None] * len(request.query)
+        # One by one, for metrics of each; the verifier scores them together.
+        batches = await _all(
+            self._rollout(k, *row)
+            for k, row in enumerate(zip(request.query, request.prompts, labels, strict=True))
+        )
+        rewards = [float(batch.sequence_rewards[0]) for batch in batches]
+        return {
+            "rewards": rewards,
+            "scores": [math.exp(reward) for reward in rewards],
+            "extra_logs": {
+                f"cme_{name}": [batch.metrics[name] for batch in batches]
+                for name in (_LOGGED if batches else ())
+            },
+        }
+
+    async def _rollout(self, k: int, query: str, prompt: str, label: Any) -> CMEBatch:
+        def read() -> tuple[Any, list[int]]:
+            ids = self.reader.ids(self.reader.response(query, prompt))
+            messages = messages_from_label(label)
+            return plain_messages(messages) if messages else self.reader.prompt(prompt), ids
+
+        try:
+            messages, ids = await asyncio.to_thread(read)
+        except InputError as error:
+            raise InputError(f"query {k}: {error}") from error
+        batch = await self.scorer.score_async([messages], [ids])
+        self.metrics.scored(batch)
+        return batch
+
+    def _ids(self, texts: list[str], append_eos: bool) -> list[list[int]]:
+        ending = [end_of_turn(self.scorer)] if append_eos else []
+        return [row.tolist() + ending for row in self.scorer.table.encode_batch(texts).ids]
+
+
+def _shared(
+    verifier: Verifier | Ensemble, metrics: ServerMetrics, max_batch_tokens: int
+) -> Verifier | Ensemble:
+    """The verifier, or the members of an ensemble, for many requests at a time."""
+    if isinstance(verifier, Ensemble):
+        members = [_shared(member, metrics, max_batch_tokens) for member in verifier.members]
+        return Ensemble([member for member in members if not isinstance(member, Ensemble)])
+    if hasattr(verifier, "logprobs_async"):  # batches by itself
+        return verifier
+    metered = MeteredVerifier(verifier, metrics)
+    return BatchingVerifier(metered, max_batch_tokens=max_batch_tokens)
+
+
+async def _all(coroutines: Any) -> list[Any]:
+    """All results, or the first error and none of the rest left running."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _rows(padded: Any, ids: list[list[int]]) -> list[list[Any]]:
+    return [row[: len(i)] for row, i in zip(padded.tolist(), ids, strict=True)]
+
+
+def _json(reply: dict[str, Any]) -> Response:
+    body = json.dumps(reply, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(body.encode(errors="replace"), media_type="application/json")
+
+
+def _refusal(status: int, error: str, detail: str) -> Response:
+    logger.warning("%d: %s", status, detail)
+    return JSONResponse({"error": error, "detail": _clean(detail)}, status_code=status)
+
+
+async def _failed(request: Any, error: Exception) -> Response:
+    status = 500 if isinstance(error, VerifierError) else 422
+    return _refusal(status, type(error).__name__, str(error))
+
+
+async def _unforeseen(request: Any, error: Exception) -> Response:
+    """Its traceback is in the log; who asked learns its name alone."""
+    return _refusal(
+        500, type(error).__name__, "an error inside the server; its log has the details"
+    )
+
+
+async def _other(request: Any, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reply = _refusal(error.status_code, "HTTPError", str(error.detail))
+    reply.headers.update(error.headers or {})
+    return reply
+
+
+async def _invalid(request: Any, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    if any(e["type"] == "json_invalid" for e in found):
+        first = found[0]
+        detail = f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+        return _refusal(400, "InvalidJSON", detail)
+    parts = []
+    for e in found[:5]:
+        where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in e["loc"][1:])
+        says = e["msg"]
+        if e["type"] == "extra_forbidden":
+            says = f"unknown field; known: {', '.join(_known_fields(e['loc']))}"
+        parts.append(f"{where.lstrip('.') or 'the body'}: {says}")
+    if len(found) > 5:
+        parts.append(f"and {len(found) - 5} more")
+    return _refusal(422, "ValidationError", "; ".join(parts))
+
+
+def _known_fields(location: Sequence[Any]) -> list[str]:
+    model = ScoreRequest if len(location) == 2 else ChatMessage
+    return list(model.model_fields)
+
+
+def _clean(text: str) -> str:
+    """Without halves of surrogate pairs, which cannot be sent."""
+    return text.encode(errors="backslashreplace").decode()
