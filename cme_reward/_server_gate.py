@@ -7,7 +7,6 @@ import base64
 import binascii
 import hmac
 import json
-import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -15,10 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from cme_reward._server_errors import log_refusal
 from cme_reward._server_metrics import ServerMetrics
 from cme_reward._server_settings import ServerSettings
-
-logger = logging.getLogger("cme_reward.server")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -87,7 +85,7 @@ class Gate:
             status = reply.status
         except _Refused as refused:
             status = refused.status
-            logger.warning("%s %s %d: %s", scope["method"], path, status, refused.detail)
+            log_refusal(path, status, refused.detail)
             with suppress(_Gone):
                 await reply.refuse(refused)
         except _Gone:

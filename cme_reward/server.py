@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from cme_reward import __version__
 from cme_reward._rendered import RenderedReader, messages_from_label
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
-from cme_reward.errors import CMEError, InputError, VerifierError
+from cme_reward.errors import InputError
 from cme_reward.loading import end_of_turn
 from cme_reward.reward import CrossModelEntropy
 from cme_reward.verifiers import Ensemble, Verifier
@@ -24,16 +23,13 @@ from cme_reward.verifiers.batching import BatchingVerifier
 
 try:
     from fastapi import FastAPI
-    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
-    from starlette.exceptions import HTTPException
 
+    from cme_reward._server_errors import HANDLERS, REFUSALS
     from cme_reward._server_gate import Gate, GateState
     from cme_reward._server_metrics import MeteredVerifier, ServerMetrics
     from cme_reward._server_models import (
-        ChatMessage,
         Health,
-        Refusal,
         RewardReply,
         RewardRequest,
         ScoreReply,
@@ -50,8 +46,6 @@ except ModuleNotFoundError as error:
 
 __all__ = ["ServerSettings", "create_app"]
 
-logger = logging.getLogger("cme_reward.server")
-
 _LOGGED = (
     "token_reward_mean",
     "token_reward_std",
@@ -61,20 +55,6 @@ _LOGGED = (
     "truncated",
     "repetition",
 )
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Refusal, "description": description}
-    for status, description in {
-        400: "Not JSON.",
-        401: "No token, or another one.",
-        408: "The body came too slowly.",
-        413: "The body is too long.",
-        415: "Not application/json.",
-        422: "JSON that says nothing that can be scored.",
-        429: "Too much to do; Retry-After says when to come back.",
-        500: "The verifier failed on this request.",
-        503: "The server is shutting down.",
-    }.items()
-}
 
 
 def create_app(
@@ -117,19 +97,18 @@ def create_app(
     )
     state = GateState()
     app.state.gate = state
+    app.state.verifier = shared
     app.add_middleware(Gate, settings=settings, state=state, metrics=metrics)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(CMEError, _failed)
-    app.add_exception_handler(HTTPException, _other)
-    app.add_exception_handler(Exception, _unforeseen)
+    for kind, handler in HANDLERS.items():
+        app.add_exception_handler(kind, handler)
     metrics.info.info({"version": __version__, "verifier": shared.name})
 
-    @app.post("/v1/score", response_model=ScoreReply, responses=_REFUSALS)
+    @app.post("/v1/score", response_model=ScoreReply, responses=REFUSALS)
     async def score(request: ScoreRequest) -> Response:
         """Rewards of responses, per token or per response."""
         return _json(await service.score(request))
 
-    @app.post("/get_reward", response_model=RewardReply, responses=_REFUSALS)
+    @app.post("/get_reward", response_model=RewardReply, responses=REFUSALS)
     async def get_reward(request: RewardRequest) -> Response:
         """OpenRLHF's remote reward: a number for each response."""
         return _json(await service.get_reward(request))
@@ -141,7 +120,7 @@ def create_app(
         reply = service.health() | {"status": status}
         return JSONResponse(reply, status_code=503 if state.draining else 200)
 
-    @app.get("/metrics", response_class=Response, responses={401: _REFUSALS[401]})
+    @app.get("/metrics", response_class=Response, responses={401: REFUSALS[401]})
     async def prometheus() -> Response:
         """Counters in Prometheus' text format."""
         from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -265,56 +244,3 @@ def _rows(padded: Any, ids: list[list[int]]) -> list[list[Any]]:
 def _json(reply: dict[str, Any]) -> Response:
     body = json.dumps(reply, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(body.encode(errors="replace"), media_type="application/json")
-
-
-def _refusal(status: int, error: str, detail: str) -> Response:
-    logger.warning("%d: %s", status, detail)
-    return JSONResponse({"error": error, "detail": _clean(detail)}, status_code=status)
-
-
-async def _failed(request: Any, error: Exception) -> Response:
-    status = 500 if isinstance(error, VerifierError) else 422
-    return _refusal(status, type(error).__name__, str(error))
-
-
-async def _unforeseen(request: Any, error: Exception) -> Response:
-    """Its traceback is in the log; who asked learns its name alone."""
-    return _refusal(
-        500, type(error).__name__, "an error inside the server; its log has the details"
-    )
-
-
-async def _other(request: Any, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    reply = _refusal(error.status_code, "HTTPError", str(error.detail))
-    reply.headers.update(error.headers or {})
-    return reply
-
-
-async def _invalid(request: Any, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    if any(e["type"] == "json_invalid" for e in found):
-        first = found[0]
-        detail = f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
-        return _refusal(400, "InvalidJSON", detail)
-    parts = []
-    for e in found[:5]:
-        where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in e["loc"][1:])
-        says = e["msg"]
-        if e["type"] == "extra_forbidden":
-            says = f"unknown field; known: {', '.join(_known_fields(e['loc']))}"
-        parts.append(f"{where.lstrip('.') or 'the body'}: {says}")
-    if len(found) > 5:
-        parts.append(f"and {len(found) - 5} more")
-    return _refusal(422, "ValidationError", "; ".join(parts))
-
-
-def _known_fields(location: Sequence[Any]) -> list[str]:
-    model = ScoreRequest if len(location) == 2 else ChatMessage
-    return list(model.model_fields)
-
-
-def _clean(text: str) -> str:
-    """Without halves of surrogate pairs, which cannot be sent."""
-    return text.encode(errors="backslashreplace").decode()
