@@ -36,6 +36,8 @@ class GateState:
     draining: bool = False
     requests: int = 0
     bytes: int = 0
+    lost: int = 0
+    """Requests that the end of the process left without an answer."""
     typical_seconds: float = 1.0
     """Moving average of what an answer takes."""
 
@@ -90,6 +92,14 @@ class Gate:
                 await reply.refuse(refused)
         except _Gone:
             status = 499  # what nginx reports for it
+        except asyncio.CancelledError:
+            if not self.state.draining or reply.started:
+                raise
+            # Out of time: the process ends, and who waited should know why.
+            status = 503
+            self.state.lost += 1
+            with suppress(_Gone):
+                await reply.refuse(self._shutting_down())
         finally:
             self._count(path if path in _KNOWN else "other", status, time.perf_counter() - started)
 
@@ -116,12 +126,7 @@ class Gate:
     async def _admit(self, scope: Message, receive: Receive, reply: _Reply) -> None:
         settings, state = self.settings, self.state
         if state.draining:
-            raise _Refused(
-                503,
-                "ShuttingDown",
-                "this server is shutting down; send the request to another one",
-                **{"Retry-After": state.retry_after(), "Connection": "close"},
-            )
+            raise self._shutting_down()
         length = _checked_length(scope, settings.max_body_bytes)
         if state.requests >= settings.max_requests:
             raise self._busy(f"{state.requests} requests")
@@ -160,6 +165,14 @@ class Gate:
     def _show(self) -> None:
         self.metrics.in_flight.set(self.state.requests)
         self.metrics.held_bytes.set(self.state.bytes)
+
+    def _shutting_down(self) -> _Refused:
+        return _Refused(
+            503,
+            "ShuttingDown",
+            "this server is shutting down; send the request to another one",
+            **{"Retry-After": self.state.retry_after(), "Connection": "close"},
+        )
 
     def _busy(self, held: str) -> _Refused:
         return _Refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -77,7 +78,7 @@ def run(app: Any, bound: socket.socket, settings: ServerSettings) -> int:
     )
     server = _Server(config, app.state.gate, settings.drain_seconds)
     server.run(sockets=[bound])
-    return 1 if server.unfinished else 0
+    return 1 if app.state.gate.lost else 0
 
 
 class _Server(uvicorn.Server):
@@ -88,7 +89,6 @@ class _Server(uvicorn.Server):
         self.gate = gate
         self.drain_seconds = drain_seconds
         self.deadline = 0.0
-        self.unfinished = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -104,14 +104,17 @@ class _Server(uvicorn.Server):
         self.gate.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self.gate.draining and not self.should_exit:
+        if self.gate.draining:
             late = time.monotonic() >= self.deadline
-            if self.gate.requests == 0 or late:
-                self.unfinished = self.gate.requests
-                self.should_exit = True
-                say = logger.error if self.unfinished else logger.info
-                say("stopped, with %d requests unanswered", self.unfinished)
+            self.should_exit = self.should_exit or late or self.gate.requests == 0
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.server_state.tasks:  # cancelled, they tell their clients so
+            await asyncio.wait(self.server_state.tasks, timeout=5)
+        say = logger.error if self.gate.lost else logger.info
+        say("stopped, with %d requests unanswered", self.gate.lost)
 
 
 def _protocol(seconds: float) -> type[H11Protocol]:

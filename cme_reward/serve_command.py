@@ -119,13 +119,13 @@ def serve(
             raise ConfigError(
                 f'cme-reward serve needs {error.name}: pip install "cme-reward[serve]"'
             ) from error
-        bound = bind(host, port)
-        with busy(err, False, f"Loading {verifier}"):
-            from cme_reward.verifiers import load_verifier
+        with bind(host, port) as bound:
+            with busy(err, False, f"Loading {verifier}"):
+                from cme_reward.verifiers import load_verifier
 
-            silence()
-            tokenizer = load_tokenizer(generator_tokenizer)
-            model = load_verifier(verifier, **({} if device is None else {"device": device}))
-        app = create_app(model, tokenizer, settled, limits, max_batch_tokens=max_batch_tokens)
-        status = run(app, bound, limits)
+                silence()
+                tokenizer = load_tokenizer(generator_tokenizer)
+                model = load_verifier(verifier, **({} if device is None else {"device": device}))
+            app = create_app(model, tokenizer, settled, limits, max_batch_tokens=max_batch_tokens)
+            status = run(app, bound, limits)
     raise typer.Exit(status)

@@ -65,6 +65,7 @@ class Program:
 
     def __init__(self, *options: str, cwd: Path, **environ: str) -> None:
         self.log: list[str] = []
+        self.headers: dict[str, str] = {}
         self.process = subprocess.Popen(
             [Path(sys.executable).parent / "cme-reward", "serve", "--port", "0", *options],
             stderr=subprocess.PIPE,
@@ -90,7 +91,7 @@ class Program:
         self._listening.set()  # it ended
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", headers=self.headers).text
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found, f"{name} is not in\n{text}"
         return float(found[1])
