@@ -43,6 +43,14 @@ def serve(
             help="Where the verifier runs, such as cpu or cuda:1.",
         ),
     ] = None,
+    options: Annotated[
+        list[str] | None,
+        _models(
+            "--verifier-option",
+            metavar="KEY=VALUE",
+            help="An option of load_verifier, such as dtype=bfloat16; may be repeated.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         _reward("--set", metavar="KEY=VALUE", help="A setting of CMEConfig; may be repeated."),
@@ -97,9 +105,15 @@ def serve(
     err = stderr()
     with clean_errors(err):
         from cme_reward._server_settings import TOKEN_VARIABLE, ServerSettings, check_host
-        from cme_reward.loading import configuration, load_tokenizer, silence
+        from cme_reward.loading import (
+            configuration,
+            load_tokenizer,
+            silence,
+            verifier_options,
+        )
 
         settled = configuration(config, settings or [])
+        keywords = verifier_options(device, options or [])
         body = int(max_body * 2**20)
         limits = ServerSettings(
             token=os.environ.get(TOKEN_VARIABLE),
@@ -125,7 +139,7 @@ def serve(
 
                 silence()
                 tokenizer = load_tokenizer(generator_tokenizer)
-                model = load_verifier(verifier, **({} if device is None else {"device": device}))
+                model = load_verifier(verifier, **keywords)
             app = create_app(model, tokenizer, settled, limits, max_batch_tokens=max_batch_tokens)
             status = run(app, bound, limits)
     raise typer.Exit(status)
