@@ -229,7 +229,8 @@ class _Reply:
 
     async def _in_time(self, message: Message) -> None:
         try:
-            await asyncio.wait_for(self._send(message), self.seconds)
+            async with asyncio.timeout(self.seconds):
+                await self._send(message)
         except TimeoutError:
             raise _Gone from None
 

@@ -46,6 +46,8 @@ except ModuleNotFoundError as error:
 
 __all__ = ["ServerSettings", "create_app"]
 
+_AT_ONCE = 10_000
+"""Characters that take less time to read than another thread takes to start."""
 _LOGGED = (
     "token_reward_mean",
     "token_reward_std",
@@ -202,7 +204,8 @@ class _Service:
             return plain_messages(messages) if messages else self.reader.prompt(prompt), ids
 
         try:
-            messages, ids = await asyncio.to_thread(read)
+            short = len(query) + len(prompt) < _AT_ONCE
+            messages, ids = read() if short else await asyncio.to_thread(read)
         except InputError as error:
             raise InputError(f"query {k}: {error}") from error
         batch = await self.scorer.score_async([messages], [ids])
@@ -229,6 +232,9 @@ def _shared(
 
 async def _all(coroutines: Any) -> list[Any]:
     """All results, or the first error and none of the rest left running."""
+    coroutines = list(coroutines)
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
