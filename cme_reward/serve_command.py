@@ -24,7 +24,7 @@ def serve(
         _models(
             metavar="SPEC",
             help="Who judges: embedded, hf:NAME_OR_PATH, vllm:URL, sglang:URL, or several joined "
-            "by +. Code that comes with a model is never run.",
+            "by +. Code that comes with a model is not run.",
         ),
     ],
     generator_tokenizer: Annotated[
