@@ -186,9 +186,10 @@ def test_options_are_checked_and_pickled() -> None:
 def test_its_thread_ends_with_it() -> None:
     inner = GatedVerifier()
     inner.gate.set()
+    before = set(threading.enumerate())
     shared = BatchingVerifier(inner)
     shared.logprobs([[1]], [[2]])
-    (thread,) = [t for t in threading.enumerate() if t.name.startswith("cme-reward-verifier")]
+    (thread,) = set(threading.enumerate()) - before
     del shared
     gc.collect()
     thread.join(PATIENCE)

@@ -232,6 +232,7 @@ def test_a_client_that_leaves_is_not_scored(generator: Any) -> None:
             leave.set()
             assert await second == []
             assert client.app.state.gate.requests == 1
+            assert client.app.state.verifier.waiting == 0  # holds on to nothing of it
             verifier.gate.set()
             assert (await first).status_code == 200
             await idle(client)

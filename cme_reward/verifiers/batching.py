@@ -66,13 +66,18 @@ class BatchingVerifier(Closes):
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
     ) -> list[np.ndarray]:
         """See `Verifier.logprobs`; returns when the call that this became a part of ends."""
-        return self._submit(prompts, responses).result()
+        return self._submit(prompts, responses).answer.result()
 
     async def logprobs_async(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
     ) -> list[np.ndarray]:
         """`logprobs` without blocking the event loop. Cancelled before its start, it never runs."""
-        return await asyncio.wrap_future(self._submit(prompts, responses))
+        call = self._submit(prompts, responses)
+        try:
+            return await asyncio.wrap_future(call.answer)
+        except asyncio.CancelledError:
+            self._forget(call)
+            raise
 
     def close(self) -> None:
         """Fail what still waits, let the call in progress end, close the verifier."""
@@ -86,7 +91,7 @@ class BatchingVerifier(Closes):
 
     def _submit(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
-    ) -> Future[list[np.ndarray]]:
+    ) -> _Call:
         if len(prompts) != len(responses):  # would shift the answers of others
             raise VerifierError(f"{len(prompts)} prompts for {len(responses)} responses")
         sizes = {np.asarray(p, dtype=np.int64).tobytes(): len(p) for p in prompts}
@@ -97,7 +102,12 @@ class BatchingVerifier(Closes):
             self._worker.submit(self._serve)
         except RuntimeError as error:
             raise VerifierError(f"{self.name} was closed") from error
-        return call.answer
+        return call
+
+    def _forget(self, call: _Call) -> None:
+        """Callers that come and go during a long call must not fill the memory."""
+        with self._lock:
+            self._waiting = [other for other in self._waiting if other is not call]
 
     def _serve(self) -> None:
         """Once for each call, which may have been served with an earlier one."""
