@@ -127,7 +127,7 @@ def test_a_policy_in_ddp() -> None:
     model = build(CONFIGS["qwen3"])
     prompts, responses = ragged_batch()
     bare = policy_statistics(model, prompts, responses)
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)

@@ -89,9 +89,7 @@ class BatchingVerifier(Closes):
         self._worker.shutdown()
         close(self.verifier)
 
-    def _submit(
-        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
-    ) -> _Call:
+    def _submit(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> _Call:
         if len(prompts) != len(responses):  # would shift the answers of others
             raise VerifierError(f"{len(prompts)} prompts for {len(responses)} responses")
         sizes = {np.asarray(p, dtype=np.int64).tobytes(): len(p) for p in prompts}
