@@ -1,0 +1,251 @@
+"""The adapter's part of veRL's configuration, and what must hold in the rest of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from typing import Any
+
+from cme_reward.config import CMEConfig
+from cme_reward.errors import ConfigError
+
+TESTED = ((0, 9), (0, 10))
+"""First veRL version that is supported, and first that is not."""
+
+SUMMING = (
+    "grpo",
+    "grpo_vectorized",
+    "grpo_passk",
+    "gdpo",
+    "rloo",
+    "rloo_vectorized",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "gpg",
+    "opo",
+    "optimal_token_baseline",
+    "tir_optimal_token_baseline",
+)
+"""Estimators that add up a response's rewards, or accumulate them from the end without a value
+function: what one token earned does not stay with it."""
+
+MANAGER = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
+LEGACY = ("custom_reward_function", "reward_model", "sandbox_fusion")
+ESTIMATOR_KEYS = ("level", "scale", "eps")
+
+
+@dataclass(frozen=True)
+class EstimatorSettings:
+    """`algorithm.cme`: the options of `cme_grpo`, with the meaning they have in `CMEConfig`."""
+
+    level: str = "token"
+    scale: str = CMEConfig.scale
+    eps: float = CMEConfig.eps
+
+    @classmethod
+    def from_algorithm(cls, algorithm: Mapping[str, Any] | None) -> EstimatorSettings:
+        given = _plain((algorithm or {}).get("cme"))
+        _known("algorithm.cme", given, ESTIMATOR_KEYS)
+        config = CMEConfig.from_dict(given)  # reads and checks the values
+        return cls(level=config.level, scale=config.scale, eps=config.eps)
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """`reward.cme`: the fields of `CMEConfig` but `scale` and `eps`, and these."""
+
+    cme: CMEConfig
+    verifier: str
+    """A spec for `load_verifier`, or "hosted" for the model that veRL serves
+    (`reward.reward_model`)."""
+
+    verifier_options: dict[str, Any] = field(default_factory=dict)
+    """Keywords for `load_verifier`, such as `dtype` or `total_seconds`."""
+
+    num_gpus: float = 0.0
+    """GPUs of the actor that holds an in-process verifier, besides those of veRL's own pools."""
+
+    num_cpus: float = 1.0
+    """CPUs of that actor, and threads of its model."""
+
+    max_batch_tokens: int = 65_536
+    """Most tokens in one batch of an in-process verifier."""
+
+    start_seconds: float = 600.0
+    """Longest wait for the verifier to load."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> RewardSettings:
+        """From veRL's whole configuration.
+
+        Raises:
+            ConfigError: for an unknown key, or none that says which verifier.
+        """
+        given = _plain(config["reward"].get("cme"))
+        own = [f.name for f in fields(cls) if f.name != "cme"]
+        names = [f.name for f in fields(CMEConfig)]
+        _known("reward.cme", given, [*own, *names])
+        for key in ("scale", "eps"):
+            if key in given:
+                raise ConfigError(
+                    f"reward.cme.{key}={given[key]!r} would have no effect: the estimator reads "
+                    f"algorithm.cme.{key}. Set that"
+                )
+        hosted = config["reward"]["reward_model"]["enable"]
+        verifier = given.get("verifier") or ("hosted" if hosted else None)
+        if verifier is None:
+            raise ConfigError(
+                "reward.cme.verifier is not set; expected a spec such as "
+                "+reward.cme.verifier=hf:google/gemma-3-1b-it, or a model that veRL hosts "
+                "(reward.reward_model.enable=True)"
+            )
+        if (verifier == "hosted") != bool(hosted):
+            raise ConfigError(
+                f"reward.cme.verifier={verifier!r} with reward.reward_model.enable={hosted}: "
+                'expected "hosted" with True, a spec such as "hf:NAME" with False'
+            )
+        estimator = EstimatorSettings.from_algorithm(config["algorithm"])
+        reward = {key: value for key, value in given.items() if key in names}
+        cme = CMEConfig.from_dict({**reward, "scale": estimator.scale, "eps": estimator.eps})
+        options = {key: given[key] for key in own if key in given}
+        return cls(cme=cme, **{**options, "verifier": str(verifier)})
+
+
+def check_version() -> None:
+    """Refuse a veRL whose internals have not been looked at.
+
+    Raises:
+        ConfigError: naming the version and the range.
+    """
+    found = version("verl")
+    first, last = (".".join(map(str, bound)) for bound in TESTED)
+    if not TESTED[0] <= tuple(int(part) for part in found.split(".")[:2]) < TESTED[1]:
+        raise ConfigError(
+            f"veRL {found} is outside the range that cme_reward.verl is made for: expected "
+            f'>= {first}, < {last}. Run pip install "verl>={first},<{last}"'
+        )
+
+
+def check_settings(config: Mapping[str, Any]) -> RewardSettings:
+    """Refuse what would silently change, lose or ignore the reward.
+
+    Args:
+        config: veRL's whole configuration.
+
+    Raises:
+        ConfigError: naming the setting, what it would do, and what to set instead.
+    """
+    check_version()
+    _check_legacy(config)
+    settings = RewardSettings.from_config(config)
+    estimator = config["algorithm"]["adv_estimator"]
+    if settings.cme.level == "token" and estimator in SUMMING:
+        raise ConfigError(
+            f"algorithm.adv_estimator={estimator!r} adds up a response's rewards, and credit per "
+            "token is lost. Set algorithm.adv_estimator=cme_grpo, or +reward.cme.level=sequence"
+        )
+    if estimator == "cme_grpo":
+        _check_estimator(config, settings)
+    rollout, reward = config["actor_rollout_ref"]["rollout"], config["reward"]
+    loss_mode = config["actor_rollout_ref"]["actor"]["policy_loss"]["loss_mode"]
+    if settings.cme.level == "token" and loss_mode == "geo_mean":
+        raise ConfigError(
+            "actor_rollout_ref.actor.policy_loss.loss_mode='geo_mean' takes the mean of a "
+            "response's advantages, and credit per token is lost. Set vanilla, or "
+            "+reward.cme.level=sequence"
+        )
+    if settings.cme.baseline == "policy" and not rollout["calculate_log_probs"]:
+        raise ConfigError(
+            "reward.cme.baseline='policy' needs the sampler's log-probs; set "
+            "actor_rollout_ref.rollout.calculate_log_probs=True"
+        )
+    if not config["trainer"]["use_v1"]:
+        raise ConfigError(
+            "trainer.use_v1=False starts a trainer that carries one reward per response; set "
+            "trainer.use_v1=True"
+        )
+    if not rollout["agent"].get("agent_loop_manager_class"):
+        raise ConfigError(
+            f"{MANAGER} is not set: veRL's own manager carries one reward per response, and does "
+            f"not say which tokens a tool wrote. Set +{MANAGER}=cme_reward.verl.CMEAgentLoopManager"
+        )
+    if reward["reward_model"]["enable"] and not reward["custom_reward_function"]["path"]:
+        raise ConfigError(
+            "with reward.reward_model.enable=True and no reward.custom_reward_function.path veRL "
+            "asks the verifier for a classification. Set "
+            "reward.custom_reward_function.path=pkg://cme_reward.verl (a function that does "
+            "nothing)"
+        )
+    return settings
+
+
+def refuse_kl_in_reward(algorithm: Mapping[str, Any] | None) -> None:
+    """The KL term would be added to masked tokens too, which a zero marks.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if algorithm is not None and algorithm.get("use_kl_in_reward"):
+        raise ConfigError(
+            "algorithm.use_kl_in_reward=True adds a KL term to every token's reward, masked tokens "
+            "included, and cme_grpo could no longer tell them apart. Set "
+            "algorithm.use_kl_in_reward=False and actor_rollout_ref.actor.use_kl_loss=True"
+        )
+
+
+def _check_estimator(config: Mapping[str, Any], settings: RewardSettings) -> None:
+    algorithm = config["algorithm"]
+    refuse_kl_in_reward(algorithm)
+    estimator = EstimatorSettings.from_algorithm(algorithm)
+    if estimator.level != settings.cme.level:
+        raise ConfigError(
+            f"reward.cme.level={settings.cme.level!r}, but "
+            f"algorithm.cme.level={estimator.level!r}; expected the same"
+        )
+    if not algorithm.get("norm_adv_by_std_in_grpo", True) and estimator.scale != "none":
+        raise ConfigError(
+            "algorithm.norm_adv_by_std_in_grpo=False is for veRL's own GRPO and would have no "
+            "effect; set +algorithm.cme.scale=none"
+        )
+
+
+def _check_legacy(config: Mapping[str, Any]) -> None:
+    for section in LEGACY:
+        for key, value in _leaves(_plain(config.get(section)), section):
+            raise ConfigError(
+                f"{key}={value!r} is a key of older versions, which veRL ignores; the section is "
+                f"now reward.{section}"
+            )
+
+
+def _leaves(section: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}.{key}")
+        elif value is not None:
+            yield f"{name}.{key}", value
+
+
+def _known(section: str, given: Mapping[str, Any], known: Any) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"unknown setting {section}.{key}; did you mean {near[0]!r}? "
+                f"Known: {', '.join(known)}"
+            )
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """A section of the configuration as plain dicts and lists."""
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        from omegaconf import OmegaConf
+
+        section = OmegaConf.to_container(section, resolve=True)
+    if not isinstance(section, dict):
+        raise ConfigError(f"{section!r} is no section of settings; expected keys and values")
+    return section

@@ -1,0 +1,78 @@
+"""A tiny policy with a tokenizer of its own, and prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHAT = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = [f"{a} plus {b} equals {a + b}. The answer is {a + b}." for a in range(40) for b in (3, 8)]
+TEXTS += ["Anna has 4 apples. She buys 7 more and gives half of the oranges to a neighbor."] * 20
+
+
+def policy_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def make_policy(folder: Path) -> Path:
+    """About 150,000 parameters, untrained."""
+    tokenizer = policy_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 8,  # padded, as real ones are
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_prompts(path: Path, n: int = 16, agent: str | None = None) -> Path:
+    """A parquet file as veRL reads it, each prompt a different one."""
+    import pandas
+
+    rows = [
+        {
+            "data_source": "toy",
+            "prompt": [{"role": "user", "content": f"{i} plus {i + 1} equals"}],
+            "ability": "text",
+            "reward_model": {"style": "rule", "ground_truth": ""},
+            "extra_info": {"index": i, "split": "train"},
+            **({"agent_name": agent} if agent else {}),
+        }
+        for i in range(n)
+    ]
+    pandas.DataFrame(rows).to_parquet(path)
+    return path
