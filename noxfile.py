@@ -38,3 +38,19 @@ def vllm(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
     session.install("-e", ".", "pytest")
     session.run("pytest", "-v", "tests/engines/vllm_real.py", *session.posargs)
+
+
+@nox.session
+def verl(session: nox.Session) -> None:
+    """veRL's own trainer on the CPU, with a tiny policy and a real verifier: 10 minutes, 2 GB."""
+    constraints = "adapters/verl/constraints.txt"
+    session.install("-c", constraints, "torch")
+    session.install("-c", constraints, "-e", ".[verl]", "pytest", "hypothesis")
+    session.run(
+        "pytest",
+        "-o",
+        "filterwarnings=default",  # veRL and Ray warn while they are imported
+        "tests/frameworks/verl",
+        *session.posargs,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )

@@ -41,7 +41,10 @@ class TokenRewardOutput(AgentLoopOutput):
         return fields
 
 
-class CMEAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
+_Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class  # the class under ray.remote
+
+
+class CMEAgentLoopWorker(_Worker):
     """veRL's worker; each output of a trajectory is scored by itself, token by token."""
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:

@@ -33,9 +33,7 @@ def describe(outputs: Sequence[Any], *, validate: bool, logprobs: bool) -> list[
     ]
 
 
-def _describe(
-    outputs: Sequence[Any], i: int, *, validate: bool, logprobs: bool
-) -> dict[str, Any]:
+def _describe(outputs: Sequence[Any], i: int, *, validate: bool, logprobs: bool) -> dict[str, Any]:
     output = outputs[i]
     if any(output.multi_modal_data.values() if output.multi_modal_data else ()):
         raise InputError(

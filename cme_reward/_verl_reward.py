@@ -109,8 +109,8 @@ class CMEReward(RewardManagerBase):
         found = next((note for note in notes if note["row"] == row), None)
         if found is None:
             raise InputError(
-                f"a response of {len(ids)} tokens is none of its trajectory's {len(notes)} outputs: "
-                "veRL changed prompt or response after the agent loop"
+                f"a response of {len(ids)} tokens is none of its trajectory's {len(notes)} "
+                "outputs: prompt or response were changed after the agent loop"
             )
         context, policy = found["context"], found.get("logprobs")
         return Request(
@@ -147,6 +147,6 @@ class CMEReward(RewardManagerBase):
 def compute_score(*args: Any, **kwargs: Any) -> float:
     """What `reward.custom_reward_function` names, so that veRL asks `CMEReward`; never called."""
     raise InputError(
-        "cme_reward.verl.compute_score is no reward; expected reward.reward_manager.name=CMEReward, "
-        "which does not call it"
+        "cme_reward.verl.compute_score is no reward; expected "
+        "reward.reward_manager.name=CMEReward, which does not call it"
     )

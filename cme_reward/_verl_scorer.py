@@ -54,8 +54,12 @@ class Scorer:
         verifier = _shared(open_verifier(settings, config, router_address), settings, self._clock)
         tokenizer, stops = _generator(config)
         self._cme = CrossModelEntropy(verifier, tokenizer, settings.cme)
-        known = np.intersect1d(stops, special_ids(tokenizer))
-        self._cme.eos_ids = np.union1d(self._cme.eos_ids, known)
+        special = special_ids(tokenizer)
+        self._cme.eos_ids = np.union1d(self._cme.eos_ids, np.intersect1d(stops, special))
+        # Models pad their vocabulary. An id that the tokenizer lacks has no text and no reward, as
+        # a special token that ends nothing.
+        blanks = np.setdiff1d(special, self._cme.eos_ids)
+        self._blank = int(blanks[0]) if blanks.size else self._cme.table.vocab_size
         self._tallies = {False: Tally(), True: Tally()}
         self._failure: str | None = None
 
@@ -73,20 +77,15 @@ class Scorer:
 
     async def _score(self, request: Request) -> dict[str, Any]:
         ids, mask = np.asarray(request.ids, dtype=np.int64), np.asarray(request.mask, dtype=bool)
-        # Models pad their vocabulary. An id that the tokenizer lacks has no text and no reward.
         known = ids < self._cme.table.vocab_size
-        blank = special_ids(self._cme.generator_tokenizer)[:1]
         policy = None if request.policy_logprobs is None else [request.policy_logprobs]
         batch = await self._cme.score_async(
-            [request.prompt], [np.where(known, ids, blank)], [mask & known], policy
+            [request.prompt], [np.where(known, ids, self._blank)], [mask], policy
         )
         rewards, scored = batch.token_rewards[0].numpy(), batch.mask[0].numpy()
         rewards, scored = rewards[request.start :], scored[request.start :]
         sequence = float(batch.sequence_rewards[0])
-        if self._cme.config.level == "sequence":
-            counted = rewards[rewards != 0]
-        else:
-            counted = rewards[scored]
+        counted = rewards[scored if self._cme.config.level == "token" else rewards != 0]
         n_tokens = int(mask[request.start :].sum())
         self._tallies[request.validate].add(batch.metrics, counted, sequence, n_tokens)
         return {

@@ -22,14 +22,10 @@ SUMMING = (
     "rloo",
     "rloo_vectorized",
     "reinforce_plus_plus_baseline",
-    "remax",
     "gpg",
     "opo",
-    "optimal_token_baseline",
-    "tir_optimal_token_baseline",
 )
-"""Estimators that add up a response's rewards, or accumulate them from the end without a value
-function: what one token earned does not stay with it."""
+"""Estimators of veRL 0.9 that add up a response's rewards: which token earned them is lost."""
 
 MANAGER = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 LEGACY = ("custom_reward_function", "reward_model", "sandbox_fusion")

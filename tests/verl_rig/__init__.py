@@ -51,8 +51,9 @@ def fsdp_on_cpu(module: Any) -> None:
     for strategy in ("fsdp", "fsdp2"):
         engines = EngineRegistry._engines["language_model"][strategy]
         engines.setdefault("cpu", module.FSDPEngineWithLMHead)
+    policy = module.CPUOffloadPolicy
     # A reference policy is offloaded to pinned memory, of which there is none without a GPU.
-    module.CPUOffloadPolicy = functools.partial(module.CPUOffloadPolicy, pin_memory=False)
+    module.CPUOffloadPolicy = lambda pin_memory: policy(pin_memory=False)
 
 
 def rollout_worker(module: Any) -> None:

@@ -16,16 +16,22 @@ CHAT = (
 )
 TEXTS = [f"{a} plus {b} equals {a + b}. The answer is {a + b}." for a in range(40) for b in (3, 8)]
 TEXTS += ["Anna has 4 apples. She buys 7 more and gives half of the oranges to a neighbor."] * 20
+TEXTS += [' tool says 7 <tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>']
+TEXTS += ["system user assistant tool function type object properties string integer required"] * 2
+TEXTS += ["".join(map(chr, range(32, 127))) + "\n"]
 
 
 def policy_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that knows no bytes but those of ASCII, so that an untrained model writes text.
+
+    Tokens that hold parts of characters are for the tests of alignment.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS, trainer)

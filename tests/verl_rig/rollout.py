@@ -139,9 +139,7 @@ class WeightSender(BaseRollout):
     async def release(self) -> None:
         pass
 
-    async def update_weights(
-        self, weights: Any, global_steps: int | None = None, **_: Any
-    ) -> None:
+    async def update_weights(self, weights: Any, global_steps: int | None = None, **_: Any) -> None:
         whole = {
             name: getattr(w, "full_tensor", lambda w=w: w)().detach().float().cpu().numpy()
             for name, w in weights

@@ -1,0 +1,109 @@
+"""A configuration under which rewards would be lost or changed does not start."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from cme_reward import ConfigError, _verl_settings
+from cme_reward._verl_settings import SUMMING, EstimatorSettings, RewardSettings, check_settings
+
+TOKEN = "credit per token is lost"
+REFUSED = [
+    *[({"algorithm.adv_estimator": name}, TOKEN) for name in SUMMING],
+    ({"actor_rollout_ref.actor.policy_loss.loss_mode": "geo_mean"}, TOKEN),
+    ({"algorithm.use_kl_in_reward": True}, r"actor_rollout_ref\.actor\.use_kl_loss=True"),
+    ({"algorithm.norm_adv_by_std_in_grpo": False}, r"\+algorithm\.cme\.scale=none"),
+    ({"algorithm.cme": {"esp": 1}}, r"algorithm\.cme\.esp; did you mean 'eps'"),
+    ({"algorithm.cme": {"eps": -1}}, "eps=-1"),
+    ({"algorithm.cme": {"level": "sequence"}}, "expected the same"),
+    ({"reward.cme.eps": 1.0}, r"the estimator reads algorithm\.cme\.eps"),
+    ({"reward.cme.verifyer": "embedded"}, r"reward\.cme\.verifyer; did you mean 'verifier'"),
+    ({"reward.cme.verifier": None}, r"reward\.cme\.verifier is not set"),
+    ({"reward.cme.verifier": "hosted"}, r"reward\.reward_model\.enable=False"),
+    ({"reward.reward_model.enable": True}, 'expected "hosted" with True'),
+    ({"reward.cme.eos": "maks"}, "eos='maks'"),
+    ({"reward.cme": ["eos"]}, "expected keys and values"),
+    (
+        {"reward.cme.baseline": "policy", "actor_rollout_ref.rollout.calculate_log_probs": False},
+        r"calculate_log_probs=True",
+    ),
+    ({"trainer.use_v1": False}, r"trainer\.use_v1=True"),
+    (
+        {"actor_rollout_ref.rollout.agent.agent_loop_manager_class": None},
+        r"agent_loop_manager_class=cme_reward\.verl\.CMEAgentLoopManager",
+    ),
+    (
+        {
+            "reward.cme.verifier": "hosted",
+            "reward.reward_model.enable": True,
+            "reward.custom_reward_function.path": None,
+        },
+        r"custom_reward_function\.path=pkg://cme_reward\.verl",
+    ),
+    ({"custom_reward_function.path": "mine.py"}, r"now reward\.custom_reward_function"),
+    ({"reward_model.enable": True}, r"now reward\.reward_model"),
+    ({"reward_model.model.path": "m"}, r"reward_model\.model\.path='m' is a key of older"),
+    ({"reward_model.rollout.name": "vllm"}, "which veRL ignores"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_refused(config: Any, changes: dict[str, Any], message: str) -> None:
+    check_settings(config)
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    with pytest.raises(ConfigError, match=message):
+        check_settings(config)
+
+
+ACCEPTED = [
+    {"algorithm.adv_estimator": "gae"},
+    {"algorithm.adv_estimator": "grpo", "reward.cme.level": "sequence"},
+    {
+        "algorithm.adv_estimator": "grpo",
+        "reward.cme.level": "sequence",
+        "algorithm.use_kl_in_reward": True,
+    },
+    {"reward.cme.level": "sequence", "algorithm.cme": {"level": "sequence"}},
+    {"algorithm.norm_adv_by_std_in_grpo": False, "algorithm.cme": {"scale": "none"}},
+    {"reward.cme.baseline": "policy"},
+    {"actor_rollout_ref.actor.policy_loss.loss_mode": "gspo"},
+    {"actor_rollout_ref.actor.use_kl_loss": True},
+]
+
+
+@pytest.mark.parametrize("changes", ACCEPTED)
+def test_accepted(config: Any, changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    check_settings(config)
+
+
+@pytest.mark.parametrize("found", ["0.8.0", "0.10.0", "1.0.0", "0.7.1.dev3"])
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(_verl_settings, "version", lambda name: found)
+    with pytest.raises(ConfigError, match=rf"veRL {found} is outside .* >= 0\.9, < 0\.10"):
+        _verl_settings.check_version()
+
+
+@pytest.mark.parametrize("found", ["0.9.0", "0.9.1", "0.9.3.dev0"])
+def test_tested_versions_are_not(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(_verl_settings, "version", lambda name: found)
+    _verl_settings.check_version()
+
+
+def test_settings_reach_where_they_are_used(config: Any) -> None:
+    config.reward.cme.eos = "mask"
+    config.reward.cme.num_gpus = 1
+    config.reward.cme.chat_template_kwargs = {"enable_thinking": False}
+    config.algorithm.cme = {"eps": 0.5}
+    settings = RewardSettings.from_config(config)
+    assert (settings.cme.eos, settings.cme.eps, settings.num_gpus) == ("mask", 0.5, 1)
+    assert settings.cme.chat_template_kwargs == {"enable_thinking": False}
+    assert settings.verifier_options == {"dtype": "float64"}
+    assert EstimatorSettings.from_algorithm(config.algorithm).eps == 0.5
+    assert EstimatorSettings.from_algorithm(None) == EstimatorSettings("token", "std", 0.1)

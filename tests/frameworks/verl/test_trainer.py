@@ -1,0 +1,188 @@
+"""veRL's real trainer, a process of its own, with a tiny policy and a real verifier on the CPU.
+
+Each run takes about a minute. What reached the actor's loss is held against rewards and advantages
+that `verl_rig.naive` computes from the ids, with none of the package's code.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+from verl_rig import naive
+from verl_rig.models import make_prompts
+from verl_rig.record import read
+from verl_rig.run import ROOT, Run, finish, settings, start
+
+LOOPS = {"actor_rollout_ref.rollout.agent.agent_loop_config_path": str(
+    ROOT / "tests" / "verl_rig" / "loops.yaml"
+)}  # fmt: skip
+EXACT = {"verifier": "embedded", "verifier_options": {"dtype": "float64"}}
+
+
+@pytest.fixture
+def base(policy: Path, tmp_path: Path) -> dict[str, Any]:
+    data = make_prompts(tmp_path / "prompts.parquet")
+    return {"reward_fn": "cme_reward.verl:CMEReward", **settings(policy, data, steps=2)}
+
+
+def run(folder: Path, config: dict[str, Any], **kwargs: Any) -> Run:
+    return finish(start(folder, config, **kwargs), folder)
+
+
+def difference(done: Run, policy: Path, rows_per_step: int, score: Any = None) -> float:
+    tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.EmbeddedVerifier()
+
+    def naive_score(content: str, ids: list[int], sampled: list[int]) -> Any:
+        return naive.token_rewards(verifier, tokenizer, content, ids, sampled)
+
+    calls = read(done.record)
+    return naive.largest_difference(calls, rows_per_step, tokenizer, score or naive_score)
+
+
+def explain(done: Run) -> str:
+    lines = [line for line in done.log.splitlines() if "Error" in line]
+    return "\n".join([f"exit status {done.status}", *lines[-5:], *done.log.splitlines()[-25:]])
+
+
+def test_streaming_with_tools_a_reference_policy_and_two_mini_batches(
+    base: dict[str, Any], policy: Path, tmp_path: Path
+) -> None:
+    """An in-process verifier in the one named actor that all reward workers share."""
+    config = {
+        **base,
+        **LOOPS,
+        "cme": EXACT,
+        "actor_rollout_ref.rollout.agent.default_agent_loop": "tool_text",
+        "actor_rollout_ref.actor.use_kl_loss": True,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
+        "reward.num_workers": 3,
+    }
+    done = run(tmp_path / "run", config)
+    assert done.status == 0, explain(done)
+    assert difference(done, policy, rows_per_step=16) < 1e-5
+    calls = read(done.record)
+    tool_rows = [mask for call in calls for mask in call["rows"]["response_mask"] if 0 in mask]
+    assert len(tool_rows) == 32
+    assert all("ref_log_prob" in call["rows"] for call in calls)
+    # Two mini-batches: the second one's policy is no longer that of the rollouts.
+    assert {call["metrics"]["actor/ppo_kl"] != 0 for call in calls} == {True, False}
+    assert done.log.count("cme_reward: verifier embedded") == 1
+    assert len(set(re.findall(r"\(Scorer pid=(\d+)\)", done.log))) <= 1
+
+    steps = done.steps()
+    assert [int(step["training/global_step"]) for step in steps] == [1, 2]
+    for step in steps:
+        assert step["cme/responses"] == 16
+        assert step["cme/coverage"] == 1
+        assert -30 < step["cme/token_reward_mean"] < 0
+        assert 0.5 < step["cme/credited"] <= step["cme/scored"] <= 1
+        assert step["cme/verifier_seconds"] > 0
+        assert {"cme/dropped_nats", "cme/repetition", "cme/truncated"} <= step.keys()
+        # Tool tokens have no reward: veRL adds up rewards without a mask.
+        assert step["critic/score/mean"] == pytest.approx(step["critic/rewards/mean"])
+
+
+def test_a_colocated_verifier_with_tools_by_verls_own_keys(
+    base: dict[str, Any], policy: Path, tmp_path: Path
+) -> None:
+    """veRL hosts the verifier (a stand-in for vLLM: there is no GPU) and scores after rollouts.
+
+    Started by the stock `python -m verl.trainer.main_ppo`, with the keys that `--print-config` says.
+    """
+    config = {
+        **base,
+        **LOOPS,
+        "cme": {"verifier": "hosted"},
+        "reward.reward_model.model_path": str(naive.EMBEDDED),
+        "reward.reward_model.rollout.name": "vllm",
+        "reward.reward_model.rollout.tensor_model_parallel_size": 1,
+        "actor_rollout_ref.rollout.agent.default_agent_loop": "tool_text",
+        "trainer.test_freq": 2,
+        "data.val_max_samples": 2,
+    }
+    file = tmp_path / "config.json"
+    import json
+
+    file.write_text(json.dumps(config))
+    printed = subprocess.run(
+        [sys.executable, "-m", "cme_reward.verl", str(file), "--print-config"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    python, m, module, *overrides = shlex.split(printed.replace("\\\n", " "))
+    assert (python, m, module) == ("python", "-m", "verl.trainer.main_ppo")
+    done = run(tmp_path / "run", {}, overrides=overrides, module=module)
+    assert done.status == 0, explain(done)
+    # The stand-in computes in float32.
+    assert difference(done, policy, rows_per_step=16) < 1e-4
+    last = done.steps()[-1]
+    assert last["cme/responses"] == 16
+    assert last["val-cme/responses"] == 2
+    assert -30 < last["val-aux/toy/cme_sequence_reward/mean@1"] < 0
+
+
+def test_a_verifier_pool_of_its_own_and_two_outputs_per_trajectory(
+    base: dict[str, Any], policy: Path, tmp_path: Path
+) -> None:
+    """Streaming from a hosted verifier (the stand-in, speaking SGLang's protocol)."""
+    config = {
+        **base,
+        **LOOPS,
+        "cme": {"verifier": "hosted"},
+        "reward.reward_model.model_path": str(naive.EMBEDDED),
+        "reward.reward_model.rollout.name": "sglang",
+        "reward.reward_model.rollout.tensor_model_parallel_size": 1,
+        "reward.reward_model.enable_resource_pool": True,
+        "reward.reward_model.n_gpus_per_node": 1,
+        "reward.reward_model.nnodes": 1,
+        "actor_rollout_ref.rollout.agent.default_agent_loop": "two_outputs",
+        "trainer.total_training_steps": 1,
+    }
+    done = run(tmp_path / "run", config, gpus=2)
+    assert done.status == 0, explain(done)
+    rows = [row for call in read(done.record) for row in zip(*call["rows"].values(), strict=True)]
+    assert len(rows) == 32
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    verifier = naive.EmbeddedVerifier()
+    opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    tool = tokenizer.encode(" tool says 7", add_special_tokens=False)
+    groups, rewards, masks, got = [], [], [], []
+    for fields in rows:
+        row = dict(zip(read(done.record)[0]["rows"], fields, strict=True))
+        prompt, ids = row["prompts"].tolist(), row["responses"].tolist()
+        content = naive.content_of(tokenizer, prompt)
+        start_at = next(
+            i + len(opening) for i in range(len(prompt)) if prompt[i : i + len(opening)] == opening
+        )
+        said = prompt[start_at:]  # nothing in a first output
+        sampled = [1] * (len(said) - len(tool)) + [0] * len(tool) if said else []
+        everything, mask = naive.token_rewards(
+            verifier, tokenizer, content, said + ids, sampled + [1] * len(ids)
+        )
+        groups.append(content)
+        rewards.append(everything[len(said) :])
+        masks.append(mask[len(said) :])
+        got.append(row["advantages"])
+    wanted = naive.advantages(rewards, masks, groups, eps=0.1)
+    worst = max(
+        abs(g[: len(w)].double().numpy() - w).max() for g, w in zip(got, wanted, strict=True)
+    )
+    assert worst < 1e-4
+    assert sum((abs(w) > 0.1).sum() for w in wanted) > 32
+
+
+def test_summing_estimators_stop_before_anything_starts(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {**base, "cme": EXACT, "algorithm.adv_estimator": "grpo"}
+    done = run(tmp_path / "run", config)
+    assert done.status == 2
+    assert "credit per token is lost" in done.log

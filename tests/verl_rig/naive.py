@@ -1,0 +1,134 @@
+"""The rewards and advantages of a run, computed again from ids: loops, for ASCII text alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cme_reward.verifiers
+
+EMBEDDED = Path(cme_reward.verifiers.__file__).parent / "embedded"
+
+
+class EmbeddedVerifier:
+    """The package's small model, asked by one plain forward pass per response.
+
+    In float64, as the runs compared with: one forward pass in float32 is some 1e-5 from another.
+    """
+
+    def __init__(self, path: Path = EMBEDDED) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+
+    @torch.no_grad()
+    def logprobs(self, before: str, text: str, *, end: bool) -> tuple[list[tuple[int, int]], Any]:
+        """Character spans of the text's tokens, and log-probs: one more for the end of turn."""
+        prompt = self.tokenizer.encode(before, add_special_tokens=False)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"] + ([self.tokenizer.eos_token_id] if end else [])
+        logits_SV = self.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        found = [float(logits_SV[len(prompt) - 1 + s, i]) for s, i in enumerate(ids)]
+        return encoded["offset_mapping"], np.array(found)
+
+
+def token_rewards(
+    verifier: EmbeddedVerifier, policy: Any, content: str, ids: list[int], sampled: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and mask of one response whose environment writes plain text inside the turn."""
+    rewards, mask = np.zeros(len(ids)), np.zeros(len(ids), dtype=bool)
+    special = {i for i, token in policy.added_tokens_decoder.items() if token.special}
+    texts = ["" if i >= len(policy) or i in special else policy.decode([i]) for i in ids]
+    before = f"<|bos|><|user|>{content}<|assistant|>"
+    t = 0
+    while t < len(ids):
+        stop = t
+        while stop < len(ids) and sampled[stop] == sampled[t]:
+            stop += 1
+        text = "".join(texts[t:stop])
+        if sampled[t]:
+            last = stop - 1
+            end = ids[last] == policy.eos_token_id
+            spans, logp = verifier.logprobs(before, text, end=end)
+            start = 0
+            for k in range(t, stop):
+                width = start + len(texts[k])
+                for (a, b), value in zip(spans, logp, strict=False):
+                    overlap = min(b, width) - max(a, start)
+                    if overlap > 0:
+                        rewards[k] += value * overlap / (b - a)
+                mask[k] = bool(texts[k].strip())
+                start = width
+            if end:
+                rewards[last], mask[last] = logp[-1], True
+        before += text
+        t = stop
+    return np.where(mask, rewards, 0), mask
+
+
+def advantages(
+    rewards: list[np.ndarray], masks: list[np.ndarray], groups: list[str], eps: float
+) -> list[np.ndarray]:
+    """One number at a time: mean and sample deviation over a group's unmasked at a position."""
+    out = [np.zeros(len(row)) for row in rewards]
+    members = defaultdict(list)
+    for i, group in enumerate(groups):
+        members[group].append(i)
+    for rows in members.values():
+        for t in range(max(len(rewards[i]) for i in rows)):
+            there = [i for i in rows if t < len(masks[i]) and masks[i][t]]
+            values = [rewards[i][t] for i in there]
+            if len(there) < 2:
+                continue
+            mean = sum(values) / len(values)
+            deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+            for i in there:
+                out[i][t] = (rewards[i][t] - mean) / (deviation + eps)
+    return out
+
+
+def content_of(policy: Any, prompt_ids: Any) -> str:
+    """The user's words in a prompt."""
+    found = re.match(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", policy.decode(prompt_ids))
+    assert found, policy.decode(prompt_ids)
+    return found[1]
+
+
+def largest_difference(
+    calls: list[dict[str, Any]],
+    rows_per_step: int,
+    policy: Any,
+    score: Callable[[str, list[int], list[int]], tuple[np.ndarray, np.ndarray]],
+    eps: float = 0.1,
+) -> float:
+    """Between what the actor received and what is computed here, over all steps."""
+    rows = [
+        dict(zip(call["rows"], row, strict=True))
+        for call in calls
+        for row in zip(*call["rows"].values(), strict=True)
+    ]
+    assert rows
+    assert len(rows) % rows_per_step == 0, (len(rows), rows_per_step)
+    worst, some = 0.0, 0
+    for first in range(0, len(rows), rows_per_step):
+        step = rows[first : first + rows_per_step]
+        assert all(row["response_mask"].any() for row in step), "veRL filled up the batch"
+        groups = [content_of(policy, row["prompts"]) for row in step]
+        scored = [
+            score(group, row["responses"].tolist(), row["response_mask"].tolist())
+            for group, row in zip(groups, step, strict=True)
+        ]
+        expected = advantages([r for r, _ in scored], [m for _, m in scored], groups, eps)
+        for row, want in zip(step, expected, strict=True):
+            got = row["advantages"][: len(want)].double().numpy()
+            assert got.shape == want.shape
+            worst = max(worst, float(np.abs(got - want).max(initial=0)))
+            some += int((np.abs(want) > 0.1).sum())
+    assert some > rows_per_step, "hardly any advantages to compare"
+    return worst
