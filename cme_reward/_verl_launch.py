@@ -1,5 +1,6 @@
 """`python -m cme_reward.verl CONFIG.yaml`: veRL's trainer from a file that names the reward."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import argparse

@@ -1,5 +1,6 @@
 """The adapter's part of veRL's configuration, and what must hold in the rest of it."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import difflib

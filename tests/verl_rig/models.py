@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +23,7 @@ TEXTS += ["".join(map(chr, range(32, 127))) + "\n"]
 
 
 def policy_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that knows no bytes but those of ASCII, so that an untrained model writes text.
+    """Byte-level BPE without bytes beyond ASCII, so that even an untrained model writes text.
 
     Tokens that hold parts of characters are for the tests of alignment.
     """
@@ -44,7 +45,7 @@ def policy_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_policy(folder: Path) -> Path:
     """About 150,000 parameters, untrained."""
-    tokenizer = policy_tokenizer()
+    tokenizer: Any = policy_tokenizer()
     tokenizer.save_pretrained(folder)
     config = Qwen2Config(
         vocab_size=len(tokenizer) + 8,  # padded, as real ones are
@@ -56,8 +57,8 @@ def make_policy(folder: Path) -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -78,24 +78,18 @@ class HostedVerifier:
     """Stand-in for a vLLM or SGLang replica: its protocol, and log-probs of the real model."""
 
     def __init__(self, path: str, config: Any, engine: str) -> None:
-        from fake_engines import FakeEngine
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from verl_rig.server import ModelEngine
 
         torch.set_num_threads(1)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.awake = True
         hosted = self
 
-        class Engine(FakeEngine):
+        class Engine(ModelEngine):
             def _logprobs(self, ids: list[int]) -> list[float]:
                 assert hosted.awake, "asked while asleep"
-                with torch.inference_mode():
-                    logprobs_SV = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
-                return logprobs_SV.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+                return super()._logprobs(ids)
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        limit = model.config.max_position_embeddings
-        self.engine = Engine(engine, tokenizer, model=path, max_model_len=limit)
+        self.engine = Engine(engine, path)
 
     async def address(self) -> str:
         return f"127.0.0.1:{self.engine.port}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cme_reward._verl_launch import to_override
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"step:(\d+) - (.*)")
@@ -94,11 +97,12 @@ def start(
     overrides: Sequence[str] = (),
     *,
     module: str = "cme_reward.verl",
+    file: Path | None = None,
     gpus: int = 1,
 ) -> subprocess.Popen[str]:
     """Start a run in `folder`: with its log in `log.txt`, its actor's rows in `record`.
 
-    `config` is written to a file for `cme_reward.verl`; another module gets it as overrides.
+    `config` is written to a file for `cme_reward.verl`, or added to `file` on the command line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "record").mkdir(exist_ok=True)
@@ -106,12 +110,12 @@ def start(
     ray_folder = tempfile.mkdtemp(prefix="cme-ray-", dir="/tmp")
     config = {**config, "+ray_kwargs.ray_init._temp_dir": ray_folder}
     config["+ray_kwargs.ray_init.num_gpus"] = gpus
-    if module == "cme_reward.verl":
+    if file is None:
         file = folder / "config.yaml"
         file.write_text(json.dumps(config, indent=1))  # JSON is YAML
-        arguments = [str(file), *overrides]
     else:
-        arguments = list(overrides)
+        overrides = [*(f"{key}={to_override(value)}" for key, value in config.items()), *overrides]
+    arguments = [str(file), *overrides] if module == "cme_reward.verl" else list(overrides)
     environ = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "VERL_USE_EXTERNAL_MODULES": "verl_rig",
@@ -148,8 +152,6 @@ def finish(process: subprocess.Popen[str], folder: Path, seconds: float = 600) -
 
 def kill(process: subprocess.Popen[str]) -> None:
     """End the run's processes: the session that it began, and no others."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

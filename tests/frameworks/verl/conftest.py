@@ -1,5 +1,6 @@
 """veRL's environment is its own: `nox -s verl` makes it, and `sh scripts/test` has no veRL."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import copy

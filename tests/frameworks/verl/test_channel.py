@@ -1,5 +1,6 @@
 """A masked token and a reward of zero stay two things, all the way to the estimator."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import io
