@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
-from verl.protocol import DataProto
 from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl_rig import naive
