@@ -127,6 +127,9 @@ def expand(settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[s
     native["++reward.cme"] = {k: v for k, v in cme.items() if k not in ("scale", "eps")}
     if cme.get("verifier") == "hosted":
         native["reward.reward_model.enable"] = True
+        if dict(_flat(rest)).get("reward.reward_model.enable_resource_pool") is True:
+            # Else veRL puts it to sleep when it starts, and never wakes it.
+            native["reward.reward_model.rollout.free_cache_engine"] = False
     written = [f"{key}={to_override(value)}" for key, value in native.items()]
     return [*written, *(f"{key}={to_override(value)}" for key, value in _flat(rest)), *passed]
 

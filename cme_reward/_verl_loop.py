@@ -17,7 +17,7 @@ from verl.utils.tracking import Tracking
 
 from cme_reward._verl_metrics import log_along
 from cme_reward._verl_outputs import KEY, attach, describe
-from cme_reward._verl_scorer import actor_metrics, scorer_actor, wait_for
+from cme_reward._verl_scorer import actor_metrics, ready, scorer_actor
 from cme_reward._verl_settings import RewardSettings, check_settings
 from cme_reward.errors import InputError, VerifierError
 
@@ -112,10 +112,14 @@ class CMEAgentLoopManager(AgentLoopManagerTQ):
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        settings = check_settings(config)
+        self._settings = check_settings(config)
         super().__init__(config, *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(CMEAgentLoopWorker)
-        if settings.verifier != "hosted":  # that one sleeps until veRL wakes it
-            self._scorer = scorer_actor(config)
-            print(f"cme_reward: verifier {wait_for(self._scorer, settings)}", flush=True)
         log_along(Tracking, actor_metrics)
+
+    async def _init_agent_loop_workers(self) -> None:
+        if self._settings.verifier != "hosted":  # that one sleeps until veRL wakes it
+            self._scorer = scorer_actor(self.config)  # lives as long as this handle
+            name = await ready(self._scorer, self._settings)
+            print(f"cme_reward: verifier {name}", flush=True)
+        await super()._init_agent_loop_workers()

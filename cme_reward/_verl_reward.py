@@ -10,7 +10,7 @@ import torch
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from cme_reward._verl_outputs import KEY, detach, digest
-from cme_reward._verl_scorer import Request, Scorer, scorer_actor
+from cme_reward._verl_scorer import Request, Scorer, ready, scorer_actor
 from cme_reward._verl_settings import check_settings
 from cme_reward.errors import CMEError, InputError, VerifierError
 
@@ -72,7 +72,10 @@ class CMEReward(RewardManagerBase):
 
         try:
             if ray.is_initialized():
-                self._scorer = self._scorer or scorer_actor(self.config, self.reward_router_address)
+                if self._scorer is None:
+                    scorer = scorer_actor(self.config, self.reward_router_address)
+                    await ready(scorer, self.settings)
+                    self._scorer = scorer
                 scored = await self._scorer.score.remote(request)
             else:
                 self._scorer = self._scorer or Scorer(self.config, self.reward_router_address)

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -154,7 +155,7 @@ def scorer_actor(config: Any, router_address: str | None = None) -> Any:
     )
 
 
-def wait_for(actor: Any, settings: RewardSettings) -> str:
+async def ready(actor: Any, settings: RewardSettings) -> str:
     """The name of the verifier, once it has loaded.
 
     Raises:
@@ -163,8 +164,9 @@ def wait_for(actor: Any, settings: RewardSettings) -> str:
     import ray
 
     try:
-        return ray.get(actor.ready.remote(), timeout=settings.start_seconds)
-    except ray.exceptions.GetTimeoutError as error:
+        future = asyncio.wrap_future(actor.ready.remote().future())
+        return await asyncio.wait_for(future, settings.start_seconds)
+    except TimeoutError as error:
         raise VerifierError(
             f"verifier {settings.verifier!r} was not ready in {settings.start_seconds:g} s: the "
             f"actor {NAME!r} loads it, or waits for num_cpus={settings.num_cpus:g} and "

@@ -64,8 +64,8 @@ class RewardSettings:
     num_gpus: float = 0.0
     """GPUs of the actor that holds an in-process verifier, besides those of veRL's own pools."""
 
-    num_cpus: float = 1.0
-    """CPUs of that actor, and threads of its model."""
+    num_cpus: float = 0.0
+    """CPUs of that actor. 0 makes Ray place it anywhere, with one thread for a model on the CPU."""
 
     max_batch_tokens: int = 65_536
     """Most tokens in one batch of an in-process verifier."""
@@ -174,6 +174,14 @@ def check_settings(config: Mapping[str, Any]) -> RewardSettings:
             "asks the verifier for a classification. Set "
             "reward.custom_reward_function.path=pkg://cme_reward.verl (a function that does "
             "nothing)"
+        )
+    hosted = reward["reward_model"]
+    pool = hosted["enable"] and hosted["enable_resource_pool"]
+    if pool and hosted["rollout"]["free_cache_engine"]:
+        raise ConfigError(
+            "with reward.reward_model.enable_resource_pool=True and free_cache_engine=True veRL "
+            "puts the verifier to sleep when it starts, and never wakes it. Set "
+            "reward.reward_model.rollout.free_cache_engine=False"
         )
     return settings
 

@@ -43,8 +43,8 @@ def policy_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_policy(folder: Path) -> Path:
-    """About 150,000 parameters, untrained."""
+def make_policy(folder: Path, max_length: int = 512) -> Path:
+    """About 130,000 parameters, untrained."""
     tokenizer: Any = policy_tokenizer()
     tokenizer.save_pretrained(folder)
     config = Qwen2Config(
@@ -54,7 +54,7 @@ def make_policy(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=max_length,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),

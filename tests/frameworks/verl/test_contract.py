@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from verl.experimental.agent_loop import agent_loop
-from verl.experimental.reward_loop import reward_loop
+from verl.experimental.reward_loop import reward_loop, reward_model
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.trainer import main_ppo
 from verl.trainer.ppo import ray_trainer
@@ -50,6 +50,8 @@ def test_signatures() -> None:
     assert parameters(worker._compute_score) == ["self", "outputs", "kwargs"]
     assert parameters(worker._agent_loop_postprocess) == ["self", "output", "validate", "kwargs"]
     assert parameters(AgentLoopManagerTQ.__init__) == ["self", "args", "kwargs"]
+    assert inspect.iscoroutinefunction(AgentLoopManagerTQ._init_agent_loop_workers)
+    assert "await instance._init_agent_loop_workers()" in source(AgentLoopManagerTQ.create)
     assert parameters(agent_loop.AgentLoopManager.__init__)[1] == "config"
     assert parameters(agent_loop.AgentLoopOutput.as_dict) == ["self"]
     log = getattr(Tracking.log, "__wrapped__", Tracking.log)
@@ -75,6 +77,16 @@ def test_the_manager_is_asked_only_with_a_custom_reward_function() -> None:
     text = source(reward_loop.RewardLoopWorker.compute_score)
     assert "custom_reward_function.path is not None" in text
     assert "compute_score_disrm" in text
+
+
+def test_a_hosted_verifier_sleeps_until_a_colocated_reward_wakes_it() -> None:
+    """Why `free_cache_engine` has to be off in a pool of its own."""
+    init = source(reward_model.RewardModelManager.__init__)
+    assert "if self.config.rollout.free_cache_engine:" in init
+    assert "self.sleep()" in init
+    for module in (main_ppo, trainer_base, agent_loop, agent_loop_tq):
+        assert "reward_model_manager" not in source(module)
+    assert "wake_up" in source(reward_loop.RewardLoopManager.compute_rm_score)
 
 
 def test_each_output_is_scored_by_the_base_class_into_reward_score() -> None:

@@ -104,6 +104,10 @@ def test_the_sequence_level_takes_verls_own_grpo(file: Path) -> None:
 def test_a_hosted_verifier_is_switched_on(file: Path) -> None:
     config = compose(expand(read_config(file), ["cme.verifier=hosted"]))
     assert config.reward.reward_model.enable is True
+    assert config.reward.reward_model.rollout.free_cache_engine is True
+    pool = {**read_config(file), "reward": {"reward_model": {"enable_resource_pool": True}}}
+    config = compose(expand(pool, ["cme.verifier=hosted"]))
+    assert config.reward.reward_model.rollout.free_cache_engine is False
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ REFUSED = [
         },
         r"custom_reward_function\.path=pkg://cme_reward\.verl",
     ),
+    (
+        {
+            "reward.cme.verifier": "hosted",
+            "reward.reward_model.enable": True,
+            "reward.reward_model.enable_resource_pool": True,
+        },
+        r"never wakes it\. Set reward\.reward_model\.rollout\.free_cache_engine=False",
+    ),
     ({"custom_reward_function.path": "mine.py"}, r"now reward\.custom_reward_function"),
     ({"reward_model.enable": True}, r"now reward\.reward_model"),
     ({"reward_model.model.path": "m"}, r"reward_model\.model\.path='m' is a key of older"),
