@@ -3,6 +3,8 @@
 `sh scripts/test` is the plain way to run the tests; nox repeats them in a fresh environment.
 """
 
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "venv"
@@ -54,3 +56,11 @@ def verl(session: nox.Session) -> None:
         *session.posargs,
         env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
+    if session.posargs:
+        return
+    # veRL's own tests, which come with its source alone, with the plugin installed.
+    folder = session.create_tmp()
+    session.run("python", "-m", "pip", "download", "--no-deps", "--no-binary", "verl",
+                "-c", constraints, "-d", folder, "verl")  # fmt: skip
+    (source,) = Path(folder).glob("verl-*.tar.gz")
+    session.run("python", "-m", "verl_rig.peer", str(source), env={"PYTHONPATH": "tests"})

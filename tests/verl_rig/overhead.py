@@ -1,8 +1,8 @@
 """What the adapter costs at the paper's shapes: `python -m verl_rig.overhead FOLDER`, from tests/.
 
 veRL's real trainer on 16 prompts x 8 responses x 2,048 tokens. Rollouts are random ids and the
-verifier answers at once, so that what is left of the reward is the adapter. Measured is CPU time of
-whole processes where the adapter has them to itself or nearly so (an upper bound: unpacking what Ray
+verifier answers at once, so that what is left of the reward is the adapter. Measured is CPU time:
+of whole processes where the adapter has them nearly to itself (an upper bound: unpacking what Ray
 brings is in it), and of its functions where veRL's own work is beside them.
 """
 

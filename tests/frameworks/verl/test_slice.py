@@ -17,6 +17,7 @@ from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.reward import resolve_reward_manager_cls
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl_rig import naive
 
 from cme_reward import ConfigError, InputError
@@ -231,3 +232,46 @@ def test_notes_leave_the_messages_as_they_were(rollouts: Rollouts) -> None:
     assert json.loads(carried[-1][KEY]) == notes
     assert detach(carried) == (messages, notes)
     assert detach(messages) == (messages, [])
+
+
+def test_a_tool_call_in_the_chat_template_as_verls_tool_agent_writes_it(
+    config: Any, rollouts: Rollouts
+) -> None:
+    """Tokens and mask from veRL's own builder; what the verifier reads, in its own template."""
+    tokenizer, messages = rollouts.tokenizer, rollouts.messages(0)
+    builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen2")
+    call = ' <tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    turns = [
+        [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        for text in (call, " The answer is 15.")
+    ]
+    prompt = builder.build_initial_tokens(messages, tools=None)
+    merged = builder.merge_assistant_tokens(prompt, turns[0])
+    mask, _ = builder.align_response_metadata(merged, [], None)
+    said = [*messages, {"role": "assistant", "content": call}]
+    answered = [*said, {"role": "tool", "content": "15"}]
+    merged = builder.merge_context_tokens(said, answered, merged.token_ids, tools=None)
+    mask, _ = builder.align_response_metadata(merged, mask, None)
+    merged = builder.merge_assistant_tokens(merged.token_ids, turns[1])
+    mask, _ = builder.align_response_metadata(merged, mask, None)
+    assert merged.token_ids[: len(prompt)] == prompt == rollouts.prompts[0]
+    rollouts.ids[0] = merged.token_ids[len(prompt) :]
+    assert sum(mask) == len(turns[0]) + len(turns[1]) < len(mask)
+
+    masks = [mask, *([1] * len(ids) for ids in rollouts.ids[1:])]
+    rewards = np.array(scores(config, rollouts.batch(masks=masks))[0]["reward_score"])
+    assert not rewards[np.array(mask) == 0].any()
+    verifier = naive.EmbeddedVerifier()
+    before = f"<|bos|><|user|>{rollouts.content[0]}<|assistant|>"
+    for text, ids, at in (
+        (call, turns[0], slice(0, len(turns[0]))),
+        (" The answer is 15.", turns[1], slice(len(mask) - len(turns[1]), None)),
+    ):
+        _, logp = verifier.logprobs(before, text, end=True)
+        # Sums: where white space is masked, its share is missing from both.
+        scored = rewards[at]
+        texts = [tokenizer.decode([i]) for i in ids[:-1]]
+        assert scored[-1] == pytest.approx(logp[-1], abs=1e-5)
+        if all(word.strip() for word in texts):
+            assert scored.sum() == pytest.approx(logp.sum(), abs=1e-4)
+        before += f"{text}<|end|><|user|>15<|assistant|>"
