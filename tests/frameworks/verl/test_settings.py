@@ -68,6 +68,15 @@ def test_refused(config: Any, changes: dict[str, Any], message: str) -> None:
         check_settings(config)
 
 
+def test_the_trainers_process_refuses_too(config: Any) -> None:
+    """Where the stock main is started with veRL's own keys, before the first step."""
+    from cme_reward.verl import CMEAgentLoopManager
+
+    config.algorithm.adv_estimator = "grpo"
+    with pytest.raises(ConfigError, match=TOKEN):
+        CMEAgentLoopManager.create(config=config, llm_client=None)
+
+
 ACCEPTED = [
     {"algorithm.adv_estimator": "gae"},
     {"algorithm.adv_estimator": "grpo", "reward.cme.level": "sequence"},
