@@ -1,7 +1,8 @@
-"""Does the policy learn? `python -m verl_rig.learning FOLDER [SPEC] [STEPS]` from tests/.
+"""Does the policy learn? `python -m verl_rig.learning FOLDER [SPEC] [STEPS] [KEY=VALUE ...]`.
 
-Trains the tiny policy on one verifier in veRL's real trainer, then lets the embedded verifier read
-the rollouts of every step: a curve that runs with different verifiers share. Seeds are fixed.
+From tests/. Trains the tiny policy on one verifier in veRL's real trainer, then lets the embedded
+verifier read the rollouts of every step: a curve that runs with different verifiers share. Seeds
+are fixed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from cme_reward import CMEConfig, CrossModelEntropy, load_verifier
@@ -23,7 +25,7 @@ from verl_rig.run import Run, finish, settings, start
 PROMPTS, ROLLOUTS = 4, 8
 
 
-def train(folder: Path, verifier: str, steps: int) -> Run:
+def train(folder: Path, verifier: str, steps: int, overrides: list[str]) -> Run:
     policy = make_policy(folder / "policy")
     data = make_prompts(folder / "prompts.parquet")
     config: dict[str, Any] = {
@@ -37,7 +39,7 @@ def train(folder: Path, verifier: str, steps: int) -> Run:
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 16,
         "actor_rollout_ref.actor.optim.lr": 3e-3,
     }
-    return finish(start(folder / "run", config), folder / "run", seconds=3000)
+    return finish(start(folder / "run", config, overrides), folder / "run", seconds=3000)
 
 
 def curve(folder: Path, record: Path) -> list[dict[str, float]]:
@@ -62,10 +64,11 @@ def curve(folder: Path, record: Path) -> list[dict[str, float]]:
 
 
 def main() -> int:
+    torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     verifier = sys.argv[2] if len(sys.argv) > 2 else "embedded"
     steps = int(sys.argv[3]) if len(sys.argv) > 3 else 40
-    done = train(folder, verifier, steps)
+    done = train(folder, verifier, steps, sys.argv[4:])
     found = curve(folder, folder / "run" / "record")
     own = [
         {key: step[f"cme/{key}"] for key in ("token_reward_mean", "sequence_reward_mean")}
