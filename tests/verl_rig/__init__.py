@@ -78,13 +78,6 @@ def recorded_loss(module: Any) -> None:
         module.ppo_loss = recorded(module.ppo_loss)
 
 
-def instant_verifier(module: Any) -> None:
-    from verl_rig.overhead import InstantVerifier
-
-    if os.environ.get("VERL_RIG_OVERHEAD"):
-        module.load_verifier = InstantVerifier
-
-
 def profiled(module: Any) -> None:
     from verl_rig import overhead
 
@@ -96,11 +89,8 @@ sys.meta_path.insert(
     0,
     AfterImport(
         {
-            "cme_reward.verifiers": instant_verifier,
-            **dict.fromkeys(
-                (f"cme_reward._verl_{n}" for n in ("scorer", "reward", "loop", "advantages")),
-                profiled,
-            ),
+            "cme_reward._verl_reward": profiled,
+            "cme_reward._verl_advantages": profiled,
             "verl.workers.engine.fsdp.transformer_impl": fsdp_on_cpu,
             "verl.workers.rollout.base": rollout_worker,
             "verl.workers.rollout.replica": rollout_replica,

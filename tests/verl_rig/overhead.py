@@ -1,9 +1,9 @@
 """What the adapter costs at the paper's shapes: `python -m verl_rig.overhead FOLDER`, from tests/.
 
 veRL's real trainer on 16 prompts x 8 responses x 2,048 tokens. Rollouts are random ids and the
-verifier answers at once, so that what is left of the reward is the adapter. Measured is CPU time:
-of whole processes where the adapter has them nearly to itself (an upper bound: unpacking what Ray
-brings is in it), and of its functions where veRL's own work is beside them.
+verifier does not count, so that what is left of the reward is the adapter. Measured is CPU time: in
+the trainer, of the whole reward worker (an upper bound: unpacking what Ray brings is in it) and of
+the estimator; without it, of what the actor and the agent loop worker do with the same rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from typing import Any
 
 import numpy as np
 
-WHOLE_PROCESS = {"Scorer": "metrics", "CMEReward": "run_single"}
-FUNCTIONS = {
-    "CMEAgentLoopWorker": ("_notes",),
-    "TokenRewardOutput": ("__init__", "as_dict"),
-}
+WHOLE_PROCESS = {"CMEReward": "run_single"}
+ROWS, TOKENS = 128, 2048
 
 
 class InstantVerifier:
@@ -48,10 +45,6 @@ def profile(module: Any) -> None:
     for name, method in WHOLE_PROCESS.items():
         if name in vars(module) and vars(module)[name].__module__ == module.__name__:
             _wrap_process(vars(module)[name], method)
-    for name, methods in FUNCTIONS.items():
-        for method in methods:
-            if name in vars(module):
-                _wrap(vars(module)[name], method, name)
     if module.__name__.endswith("advantages"):
         from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY as registry
 
@@ -76,10 +69,6 @@ def _wrap_process(owner: Any, method: str) -> None:
     setattr(owner, method, measured)
 
 
-def _wrap(owner: Any, method: str, name: str) -> None:
-    setattr(owner, method, _timed(getattr(owner, method), f"{name}.{method}"))
-
-
 def _timed(function: Any, what: str) -> Any:
     @functools.wraps(function)
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -90,6 +79,58 @@ def _timed(function: Any, what: str) -> Any:
             _write(what, time.thread_time() - started, total=False)
 
     return measured
+
+
+def without_a_trainer(policy: Path) -> dict[str, float]:
+    """CPU seconds of the actor's work and of the agent loop worker's notes, for one step.
+
+    Ray starts these processes before the rig can reach into them, so they are called here.
+    """
+    import asyncio
+    from types import SimpleNamespace
+
+    from transformers import AutoTokenizer
+
+    from cme_reward import _verl_scorer
+    from cme_reward._verl_launch import compose, expand
+    from cme_reward._verl_outputs import describe
+
+    _verl_scorer.load_verifier = InstantVerifier  # type: ignore[assignment]
+    settings = {
+        "reward_fn": "cme_reward.verl:CMEReward",
+        "cme": {"verifier": "embedded"},
+        "actor_rollout_ref": {"model": {"path": str(policy)}, "rollout": {"name": "hfcpu"}},
+    }
+    scorer = _verl_scorer.Scorer(compose(expand(settings)))
+    assert len(AutoTokenizer.from_pretrained(policy)) > 380
+    ids = np.random.default_rng(0).integers(3, 380, (ROWS, TOKENS)).tolist()
+    requests = [
+        _verl_scorer.Request(
+            prompt=[{"role": "user", "content": f"{i // 8} plus 1 equals"}],
+            ids=row,
+            mask=[1] * TOKENS,
+        )
+        for i, row in enumerate(ids)
+    ]
+
+    async def score(some: Any) -> None:
+        await asyncio.gather(*(scorer.score(request) for request in some))
+
+    asyncio.run(score(requests[:8]))
+    started = time.process_time()
+    asyncio.run(score(requests))
+    scored = time.process_time()
+    for row in ids:
+        output = SimpleNamespace(
+            prompt_ids=[1] * 30,
+            response_ids=row,
+            response_mask=[1] * TOKENS,
+            response_logprobs=None,
+            multi_modal_data=None,
+            extra_fields={},
+        )
+        json.dumps(describe([output], validate=False, logprobs=False))
+    return {"Scorer": scored - started, "CMEAgentLoopWorker": time.process_time() - scored}
 
 
 def main() -> int:
@@ -120,9 +161,9 @@ def main() -> int:
                 seconds[row["what"]] += row["cpu"] / steps
         for what in {row["what"] for row in rows if row["total"]}:
             totals = [row["cpu"] for row in rows if row["what"] == what]
-            # The first entry is after the imports, and the first step's or response's work.
-            calls = steps - 1 if what == "Scorer" else (len(totals) - 1) / 128
-            seconds[what] += (totals[-1] - totals[0]) / calls
+            # The first entry comes after the imports and the first response's work.
+            seconds[what] += (totals[-1] - totals[0]) / ((len(totals) - 1) / ROWS)
+    seconds |= without_a_trainer(policy)
     logged = done.steps()[1:]
     step = float(np.mean([s["timing_s/step"] for s in logged]))
     total = sum(seconds.values())
