@@ -1,0 +1,149 @@
+"""What OpenRLHF's processes are told by environment variables, and by a file that one names."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cme_reward.config import CMEConfig
+from cme_reward.errors import ConfigError
+
+PREFIX = "CME_"
+FILE = "CME_SETTINGS"
+SECRETS = ("CME_API_KEY",)
+PLACEMENTS = ("shared", "process")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the OpenRLHF adapter, and in `config` those of the reward.
+
+    OpenRLHF constructs a reward function or an agent without arguments, in processes of its own, so
+    that all settings come from the environment: `CME_VERIFIER=...` for `verifier`, and likewise for
+    every other one and for every setting of `CMEConfig` (`CME_EPS=0.05`). `CME_SETTINGS` names a
+    YAML file of the same names in lower case; a variable wins over the file.
+    """
+
+    verifier: str
+    """A spec of `load_verifier`."""
+
+    verifier_options: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of `load_verifier`, such as `{"dtype": "bfloat16"}`."""
+
+    verifier_placement: str = "shared"
+    """"shared": a verifier with weights is loaded once, in a Ray actor of its own that all rollout
+    processes ask. "process": once in every rollout process. Servers are always asked directly."""
+
+    verifier_gpus: float | None = None
+    """GPUs of the shared actor. None: 1 where Ray has GPUs, else 0."""
+
+    verifier_wait: float = 900.0
+    """Most seconds that the shared actor may take to be placed and to load."""
+
+    generator_tokenizer: str | None = None
+    """Name or path of the policy's tokenizer, for `reward_func`, which is handed text alone."""
+
+    environment_weight: float = 1.0
+    """Nats by which one unit of a multi-turn environment's own reward raises the reward of each of
+    the response's tokens."""
+
+    config: CMEConfig = field(default_factory=CMEConfig)
+
+    def __post_init__(self) -> None:
+        if self.verifier_placement not in PLACEMENTS:
+            raise ConfigError(
+                f"verifier_placement={self.verifier_placement!r} is unknown; expected one of "
+                f"{', '.join(PLACEMENTS)}"
+            )
+        if not isinstance(self.verifier_options, Mapping):
+            raise ConfigError(
+                f"verifier_options={self.verifier_options!r} must be a mapping, such as "
+                "{dtype: bfloat16}"
+            )
+
+
+_OWN = {f.name: str(f.type) for f in fields(Settings) if f.name != "config"}
+_REWARD = tuple(f.name for f in fields(CMEConfig))
+
+
+def load_settings(level: str = "token", environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from the environment and the file it names.
+
+    Args:
+        level: `CMEConfig.level` where nothing says otherwise.
+        environ: in place of `os.environ`.
+
+    Raises:
+        ConfigError: if no verifier is named, the file cannot be read, or a setting in it is
+            unknown; names the nearest known one.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {"level": level}
+    if environ.get(FILE):
+        values |= _read_file(environ[FILE])
+    for name in (*_OWN, *_REWARD):
+        if PREFIX + name.upper() in environ:
+            values[name] = environ[PREFIX + name.upper()]
+    if not values.get("verifier"):
+        raise ConfigError(
+            "no verifier is named: set the environment variable CME_VERIFIER, for example to "
+            f"vllm:http://localhost:8000, or `verifier:` in a YAML file that {FILE} names. Under "
+            "`ray job submit` it belongs into env_vars of --runtime-env-json"
+        )
+    own = {name: _typed(name, values[name]) for name in _OWN if name in values}
+    config = CMEConfig.from_dict({name: values[name] for name in _REWARD if name in values})
+    return Settings(**own, config=config)
+
+
+def variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that every process of a run needs. Secrets are not among them: Ray shows
+    the environment of a job to whoever can see its dashboard."""
+    environ = os.environ if environ is None else environ
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(PREFIX) and name not in SECRETS
+    }
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the settings in {FILE}={path!r}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path!r} holds a {type(values).__name__}; expected settings such as `verifier: ...`"
+        )
+    if isinstance(values.get("cme"), dict):  # as CMEConfig.from_yaml reads it
+        values = {**{k: v for k, v in values.items() if k != "cme"}, **values["cme"]}
+    known = (*_OWN, *_REWARD)
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{path!r}: unknown setting {name!r}; did you mean {near[0]!r}? Known: "
+                f"{', '.join(known)}"
+            )
+    return values
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A value as its field's type: variables hold only strings."""
+    import yaml
+
+    kind = _OWN[name]
+    if "str" in kind.split("[")[0]:
+        return None if value is None else str(value)
+    try:
+        if "float" in kind:
+            return None if value is None else float(value)
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{name}={value!r} cannot be read; expected {kind}") from error
