@@ -64,3 +64,44 @@ def verl(session: nox.Session) -> None:
                 "-c", constraints, "-d", folder, "verl")  # fmt: skip
     (source,) = Path(folder).glob("verl-*.tar.gz")
     session.run("python", "-m", "verl_rig.peer", str(source), env={"PYTHONPATH": "tests"})
+
+
+OPENRLHF_NEEDS = (
+    "accelerate aiohttp datasets einops isort jsonlines optimum packaging peft pylatexenc "
+    "ray[default] setuptools sympy tensorboard torchdata torchmetrics tqdm transformers wheel"
+)
+
+
+@nox.session
+def openrlhf(session: nox.Session) -> None:
+    """The adapter on three versions of OpenRLHF, its trainer on the CPU, and its own tests."""
+    pins, folder = "adapters/openrlhf/constraints.txt", "tests/frameworks/openrlhf"
+    session.install("-c", pins, "torch")
+    session.install("-c", pins, *OPENRLHF_NEEDS.split())
+    # Its requirements name flash-attn and vLLM, for which there are stand-ins in tests/.
+    session.install("-c", pins, "--no-deps", "openrlhf")
+    session.install("-c", pins, "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
+    session.install("-c", pins, "-e", ".[serve]", "pytest")
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if session.posargs:
+        session.run("pytest", "-W", "default", *session.posargs, env=offline)
+        return
+    session.run("pytest", "-W", "default", folder, env=offline)
+    for version in ("0.9.1", "0.10.4"):
+        older = f"{session.create_tmp()}/{version}"
+        wanted = f"openrlhf=={version}"
+        session.run("python", "-m", "pip", "install", "-q", "--no-deps", "-t", older, wanted)
+        environ = {**offline, "PYTHONPATH": older, "OPENRLHF_VERSION": version}
+        session.run("pytest", "-W", "default", f"{folder}/test_contract.py", env=environ)
+    # OpenRLHF's own tests come with it.
+    site = session.run(
+        "python",
+        "-c",
+        "import openrlhf, os; print(os.path.dirname(os.path.dirname(openrlhf.__file__)))",
+        silent=True,
+    )
+    environ = {**offline, "PYTHONPATH": "tests/openrlhf_rig/site", "DS_ACCELERATOR": "cpu"}
+    own = f"{site.strip()}/tests"
+    session.run(
+        "python", "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", own, own, env=environ
+    )
