@@ -96,8 +96,9 @@ class Program:
         assert found, f"{name} is not in\n{text}"
         return float(found[1])
 
-    def stop(self, sig: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
+    def stop(self, sig: int | None = signal.SIGTERM) -> int:
+        """The exit status; None waits for an end that was asked for before."""
+        if sig is not None and self.process.poll() is None:
             self.process.send_signal(sig)
         status = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)

@@ -282,7 +282,7 @@ def test_sigterm_under_load(tmp_path: Path, scorer: CrossModelEntropy) -> None:
             assert got.json()["sequence_rewards"] == pytest.approx(expected, abs=1e-5)
         for thread in asking:
             thread.result()
-    assert program.stop() == 0
+    assert program.stop(None) == 0
     assert late
     for got in late:
         refused(got, 503, "ShuttingDown", "send the request to another one")
