@@ -6,6 +6,7 @@ the trainer, of the whole reward worker (an upper bound: unpacking what Ray brin
 the estimator; without it, of what the actor and the agent loop worker do with the same rows.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import functools
