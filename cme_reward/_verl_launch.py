@@ -189,7 +189,7 @@ def to_override(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(to_override, value)) + "]"
     text = str(value)
-    plain = re.fullmatch(r"[A-Za-z_/][\w/.-]*(://[\w/.-]+)?", text)
+    plain = re.fullmatch(r"[A-Za-z_/][\w/.-]*(://[\w/.-]+)?", text, re.ASCII)
     if plain and text.lower() not in ("null", "true", "false", "nan", "inf"):
         return text
     # Only backslashes in front of a quote mean something to hydra.

@@ -41,7 +41,9 @@ VALUES = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(codec="utf-8", exclude_characters="\r\n$"), max_size=12)
-    | st.sampled_from(["null", "true", "1e-6", "3", "it's", "\\", "\\'", "a,b", "{a}", "a=b"]),
+    | st.sampled_from(
+        ["null", "true", "1e-6", "3", "it's", "\\", "\\'", "a,b", "{a}", "a=b", "A²"]
+    ),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), inner, max_size=3)
