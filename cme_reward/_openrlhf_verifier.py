@@ -105,6 +105,9 @@ class SharedVerifier:
         try:
             known = ray.get(facts, timeout=wait)
         except ray.exceptions.GetTimeoutError as error:
+            # A process that still waits for an answer cannot end, and Ray would not say that it
+            # failed: everyone else would wait, too.
+            ray.kill(self._host)
             raise VerifierError(
                 f"the shared verifier {spec!r} was not ready after {wait:g} s. It asks Ray for "
                 f"{gpus:g} GPUs, of {ray.cluster_resources().get('GPU', 0):g} in all and "

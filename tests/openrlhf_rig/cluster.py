@@ -21,8 +21,8 @@ def main() -> None:
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
-            "num_cpus": 12,
-            "num_gpus": 4,  # that OpenRLHF asks for, and nothing uses
+            "num_cpus": 16,
+            "num_gpus": 8,  # that OpenRLHF asks for, and nothing uses
             "object_store_memory": 200_000_000,
             "include_dashboard": "--dashboard" in sys.argv,
             "dashboard_port": 0,

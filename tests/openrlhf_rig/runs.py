@@ -111,6 +111,7 @@ def flags(folder: Path, **changes: Any) -> list[str]:
         "vllm.num_engines": 1,
         "vllm.tensor_parallel_size": 1,
         "data.prompt_dataset": folder / "prompts.jsonl",
+        "data.prompt_split": "train",
         "data.input_key": "messages",
         "data.label_key": "answer",
         "data.apply_chat_template": True,
@@ -184,10 +185,14 @@ def cluster(folder: Path, *, dashboard: bool = False) -> Iterator[dict[str, str]
 def train(
     folder: Path, address: str, command: list[str], **settings: str
 ) -> tuple[int, str, list[list[dict[str, Any]]]]:
-    """Run a training: exit status, what it printed, and for each step its rows."""
-    before = set(folder.glob("step-*.pt"))
+    """Run a training: exit status, what it printed, and for each step its rows.
+
+    `command` is a module's name and its flags, or a program.
+    """
+    for file in folder.glob("step-*.pt"):
+        file.unlink()
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        command if command[0] == "sh" else [sys.executable, "-m", *command],
         cwd=folder,
         env=environment(folder, RAY_ADDRESS=address, **settings),
         stdout=subprocess.PIPE,
@@ -195,8 +200,12 @@ def train(
         text=True,
         timeout=900,
     )
-    files = sorted(set(folder.glob("step-*.pt")) - before)
-    return done.returncode, done.stdout, [torch.load(file) for file in files]
+    return done.returncode, done.stdout, read_steps(folder)
+
+
+def read_steps(folder: Path) -> list[list[dict[str, Any]]]:
+    """What the experience maker returned, for each step its rows."""
+    return [torch.load(file) for file in sorted(folder.glob("step-*.pt"))]
 
 
 def verifier_logprobs(prompt_ids: list[int], ids: list[int]) -> list[float]:

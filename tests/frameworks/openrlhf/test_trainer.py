@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import runs
+from server_tools import Program
 
 from cme_reward import CMEConfig
 
 ADAPTERS = Path(__file__).parent.parent.parent.parent / "adapters" / "openrlhf"
-OURS, STOCK = "cme_reward.openrlhf", "openrlhf.cli.train_ppo_ray"
+OURS, STOCK = ["cme_reward.openrlhf"], ["openrlhf.cli.train_ppo_ray"]
+SCRIPT = ["sh", str(ADAPTERS / "train.sh")]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +32,16 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(folder=folder, ray=address["ray"])
 
 
-def train(rig: Any, command: str, settings: dict[str, str], **changes: Any) -> list[list[Any]]:
-    """Train two steps; what the trainer's experience maker returned in each."""
+def train(rig: Any, command: Any, settings: dict[str, str], **changes: Any) -> list[list[Any]]:
+    """Train two steps; what the trainer's experience maker returned in each.
+
+    What it printed is kept in `rig.output`.
+    """
     status, output, steps = runs.train(
-        rig.folder, rig.ray, [command, *runs.flags(rig.folder, **changes)], **settings
+        rig.folder, rig.ray, [*command, *runs.flags(rig.folder, **changes)], **settings
     )
     assert status == 0, output[-6000:]
+    rig.output = output
     assert [len(rows) for rows in steps] == [8, 8]
     for rows in steps:
         lengths = {len(row["ids"]) for row in rows}
@@ -43,13 +50,20 @@ def train(rig: Any, command: str, settings: dict[str, str], **changes: Any) -> l
     return steps
 
 
+def equal(rows: list[Any], expected: dict[int, list[float]]) -> None:
+    error = runs.worst_error(rows, expected)
+    print(f"largest difference of an advantage: {error:.1e}")
+    assert error <= 1e-5
+
+
 def test_token_level_with_all_that_openrlhf_adds(rig: Any) -> None:
-    """The package's own agent; a KL penalty, a length penalty and clipping."""
+    """By the script with the paper's settings; a KL and a length penalty, clipping, two engines."""
     steps = train(
         rig,
-        OURS,
+        SCRIPT,
         {"CME_VERIFIER": "embedded"},
         **{
+            "vllm.num_engines": 2,
             "algo.kl.init_coef": 0.05,
             "reward.overlong_buffer_len": 8,
             "reward.overlong_penalty_factor": 2.0,
@@ -64,10 +78,12 @@ def test_token_level_with_all_that_openrlhf_adds(rig: Any) -> None:
         want = runs.expected_advantages(
             rows, CMEConfig(), beta=0.05, limits=(-1.2, 1.3), penalty=penalty
         )
-        assert runs.worst_error(rows, want) <= 1e-5
+        equal(rows, want)
         assert all(0 < row["info"]["score"] < 1 for row in rows)
         assert all(row["info"]["cme/coverage"] == 1 for row in rows)
         assert {row["info"]["cme/credited"] > 0.5 for row in rows} >= {True}
+    hosts = set(re.findall(r"VerifierHost pid=(\d+)", rig.output))
+    assert len(hosts) == 1  # both engines ask one verifier
     # The second step is off the reference policy.
     assert max(abs(k) for row in steps[1] for k in row["kl"]) > 0
 
@@ -88,7 +104,7 @@ def test_token_level_trained_while_generating(rig: Any) -> None:
     )
     for rows in steps:
         want = runs.expected_advantages(rows, CMEConfig(eps=0.05))
-        assert runs.worst_error(rows, want) <= 1e-5
+        equal(rows, want)
 
 
 OPENRLHFS = CMEConfig(level="sequence", eps=1e-9)  # how OpenRLHF itself normalises
@@ -98,38 +114,69 @@ def test_sequence_level_through_the_file(rig: Any) -> None:
     file = str(ADAPTERS / "reward_func.py")
     steps = train(rig, OURS, {"CME_VERIFIER": "embedded"}, **{"reward.remote_url": file})
     for rows in steps:
-        assert runs.worst_error(rows, runs.expected_advantages(rows, OPENRLHFS)) <= 1e-5
+        equal(rows, runs.expected_advantages(rows, OPENRLHFS))
         assert all(0 < row["info"]["score"] < 1 for row in rows)
 
 
 def test_sequence_level_through_two_servers(rig: Any) -> None:
     """OpenRLHF as it is, this package in the servers alone."""
-    settings = {"CME_VERIFIER": "embedded", "CME_GENERATOR_TOKENIZER": str(rig.folder / "policy")}
+    policy = str(rig.folder / "policy")
+    words = ["--verifier", "embedded", "--generator-tokenizer", policy]
     with ExitStack() as stack:
-        servers = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, str(runs.HERE / "http_reward.py")],
-                    env=runs.environment(rig.folder, **settings),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for _ in range(2)
-        ]
-        ports = [int(server.stdout.readline()) for server in servers if server.stdout]
-        urls = ",".join(f"http://127.0.0.1:{port}/get_reward" for port in ports)
+        servers = [Program(*words, cwd=rig.folder) for _ in range(2)]
+        for server in servers:
+            stack.callback(server.stop)
+        urls = ",".join(f"{server.url}/get_reward" for server in servers)
         steps = train(rig, STOCK, {}, **{"reward.remote_url": urls})
-        answered = [server.communicate("\n")[0].count("answered 1") for server in servers]
-    assert sorted(answered) == [8, 8]  # in turns
+        assert [server.metric("cme_responses_total") for server in servers] == [8, 8]  # in turns
     for rows in steps:
-        assert runs.worst_error(rows, runs.expected_advantages(rows, OPENRLHFS)) <= 1e-5
+        equal(rows, runs.expected_advantages(rows, OPENRLHFS))
 
 
 def test_the_launcher_refuses_before_anything_starts(rig: Any) -> None:
     flags = runs.flags(rig.folder, **{"algo.advantage.estimator": "rloo"})
-    status, output, steps = runs.train(rig.folder, rig.ray, [OURS, *flags], CME_VERIFIER="embedded")
+    status, output, steps = runs.train(
+        rig.folder, rig.ray, [*OURS, *flags], CME_VERIFIER="embedded"
+    )
     assert (status, steps) == (1, [])
     assert "rloo is not what per-token cross-model entropy replaces" in output
     assert "RolloutRayActor" not in output
+
+
+SHARED = """
+import ray
+from cme_reward._openrlhf_settings import Settings
+from cme_reward._openrlhf_verifier import open_verifier
+
+@ray.remote
+class Rollouts:
+    def __init__(self, **settings):
+        self.verifier = open_verifier(Settings(verifier="embedded", **settings))
+    def host(self):
+        return self.verifier._host._actor_id.hex()
+    def ask(self):
+        return self.verifier.logprobs([[5]], [[6, 7]])[0].tolist()
+
+ray.init()
+one, two = (Rollouts.remote(verifier_gpus=0) for _ in range(2))
+other = Rollouts.remote(verifier_gpus=0, verifier_options={"batch_tokens": 999})
+hosts = ray.get([actor.host.remote() for actor in (one, two, other)])
+assert hosts[0] == hosts[1] != hosts[2], hosts
+assert ray.get(one.ask.remote()) == ray.get(two.ask.remote())
+alone = Rollouts.remote(verifier_gpus=99, verifier_wait=3, verifier_options={"batch_tokens": 998})
+try:
+    ray.get(alone.ask.remote())
+except Exception as error:
+    print(error)
+"""
+
+
+def test_a_verifier_is_shared_or_says_why_it_cannot_be(rig: Any) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED],
+        env=runs.environment(rig.folder, RAY_ADDRESS=rig.ray),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "was not ready after 3 s. It asks Ray for 99 GPUs, of 8 in all" in done.stdout

@@ -26,8 +26,7 @@ class PyNcclCommunicator:
             return
         for _ in range(60_000):
             if file.exists():
-                tensor.copy_(torch.load(file))
-                file.unlink()
+                tensor.copy_(torch.load(file))  # and left for the other engines
                 return
             time.sleep(0.002)
         raise TimeoutError(f"nothing was broadcast to {file}")
