@@ -3,6 +3,7 @@
 `sh scripts/test` is the plain way to run the tests; nox repeats them in a fresh environment.
 """
 
+import os
 from pathlib import Path
 
 import nox
@@ -94,14 +95,10 @@ def openrlhf(session: nox.Session) -> None:
         environ = {**offline, "PYTHONPATH": older, "OPENRLHF_VERSION": version}
         session.run("pytest", "-W", "default", f"{folder}/test_contract.py", env=environ)
     # OpenRLHF's own tests come with it.
-    site = session.run(
-        "python",
-        "-c",
-        "import openrlhf, os; print(os.path.dirname(os.path.dirname(openrlhf.__file__)))",
-        silent=True,
+    find = (
+        "import pathlib, openrlhf; print(pathlib.Path(openrlhf.__file__).parent.parent / 'tests')"
     )
-    environ = {**offline, "PYTHONPATH": "tests/openrlhf_rig/site", "DS_ACCELERATOR": "cpu"}
-    own = f"{site.strip()}/tests"
-    session.run(
-        "python", "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", own, own, env=environ
-    )
+    own = str(session.run("python", "-c", find, silent=True)).strip()
+    stand_ins = str(Path("tests/openrlhf_rig/site").resolve())
+    environ = {**offline, "PYTHONPATH": stand_ins, "DS_ACCELERATOR": "cpu"}
+    session.run("pytest", "-q", "-c", os.devnull, "--rootdir", own, own, env=environ)
