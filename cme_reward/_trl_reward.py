@@ -135,11 +135,14 @@ def score(
     """
     table = getattr(scorer, "table", None)
     if table is not None and any(max(row, default=0) >= table.vocab_size for row in ids):
+        special = special_ids(table.tokenizer)
+        others = np.setdiff1d(special, getattr(scorer, "eos_ids", ()))
         known = [np.asarray(row) < table.vocab_size for row in ids]
-        blank = special_ids(table.tokenizer)[0]
+        blank = np.append(others, special)[0]
         ids = [np.where(k, row, blank).tolist() for k, row in zip(known, ids, strict=True)]
-        given = known if masks is None else masks
-        masks = [np.logical_and(_host(m), k) for m, k in zip(given, known, strict=True)]
+        if not others.size:  # an EOS stands for it, and must not count as one
+            given = known if masks is None else masks
+            masks = [np.logical_and(_host(m), k) for m, k in zip(given, known, strict=True)]
     if not getattr(scorer, "compares_rollouts", False):
         return call_reward(scorer, prompts, ids, masks, statistics)
     masks = [[True] * len(row) for row in ids] if masks is None else [_host(m) for m in masks]

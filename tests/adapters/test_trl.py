@@ -250,11 +250,12 @@ def test_ids_that_only_the_model_has_do_not_end_a_run(tmp_path: Path) -> None:
     ids = [[400, size + 3, 500, tiny.EOS], [size + 1], [600, tiny.EOS]]
     reward = cme_reward_func(tiny.verifier(), tiny.tokenizer(), SEQUENCE)
     assert all(math.isfinite(value) for value in reward(["p"] * 3, ids))
-    # An id without text in the middle: what is read is "A" + "B", as if it were not there.
-    split = CrossModelEntropy(tiny.verifier(), tiny.tokenizer(), SEQUENCE)(
-        ["p"], [[400, 0, 500, tiny.EOS]], [[1, 0, 1, 1]]
-    )
-    assert reward(["p"], ids[:1])[0] == pytest.approx(split.sequence_rewards[0].item(), abs=1e-6)
+    # An id without text: the rest of its turn is read as if it were not there.
+    without = reward(["p"], [[400, 500, tiny.EOS]])[0]
+    assert reward(["p"], ids[:1])[0] == pytest.approx(without, abs=1e-6)
+    cut = reward(["p"], [[400, 500]])[0]  # no end of turn, though the last id is special
+    assert reward(["p"], [[400, 500, size + 3]])[0] == pytest.approx(cut, abs=1e-6)
+    assert cut != pytest.approx(without, abs=1e-3)
 
 
 def test_where_trl_stops_is_the_end_of_a_response(tmp_path: Path) -> None:
