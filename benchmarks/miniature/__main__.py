@@ -1,0 +1,71 @@
+"""Regenerate everything: `python -m benchmarks.miniature`. See docs/evidence.md."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.miniature.cast import Scale
+from benchmarks.miniature.conditions import CONDITIONS, GROUPS
+from benchmarks.miniature.grpo import Settings
+from benchmarks.miniature.models import Size
+from benchmarks.miniature.runs import World, run_all
+
+SMALL = Scale(
+    generator=Size(16, 1),
+    verifiers=(Size(16, 1),) * 4,
+    verifier_steps=(2,) * 4,
+    generator_steps=2,
+    reference_steps=2,
+    batch=8,
+)
+LARGE = Scale(
+    generator=Size(192, 4),
+    verifiers=(Size(32, 1), Size(96, 3), Size(192, 4), Size(384, 6)),
+    verifier_steps=(300, 1000, 3000, 6000),
+    generator_steps=4000,
+    reference_steps=4000,
+    batch=256,
+)
+
+
+def world_of(given: argparse.Namespace) -> World:
+    if given.smoke:
+        few = Settings(prompts=2, rollouts=4)
+        return World(given.out, SMALL, few, questions=10, steps=0.02)
+    if given.large:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return World(given.out, LARGE, Settings(prompts=16), device=device)
+    return World(given.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("miniature-output"), help="folder; runs in it are kept")
+    add("--workers", type=int, default=2, help="processes of one thread each")
+    add("--seeds", type=int, default=3, help="seeds of every condition")
+    add("--group", action="append", choices=GROUPS, help="only these conditions")
+    add("--only", action="append", metavar="TEXT", help="only conditions with TEXT in their name")
+    add("--smoke", action="store_true", help="untrained toys, a minute: does it run at all?")
+    add("--large", action="store_true", help="larger models, on a GPU where there is one")
+    add("--report-only", action="store_true", help="write the report from the runs that are there")
+    given = parser.parse_args(arguments)
+    chosen = [
+        c
+        for name in (given.group or GROUPS)
+        for c in GROUPS[name]
+        if not given.only or any(text in c.name for text in given.only)
+    ]
+    world = world_of(given)
+    started = time.perf_counter()
+    if not given.report_only:
+        run_all(world, chosen, range(given.seeds), given.workers)
+    print(f"{len(chosen)} of {len(CONDITIONS)} conditions, {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

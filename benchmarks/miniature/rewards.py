@@ -1,0 +1,86 @@
+"""From a condition to advantages, with the package's own rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.miniature.cast import META_QUESTION, META_TEMPLATE, Cast
+from benchmarks.miniature.conditions import Condition
+from cme_reward import CMEConfig, group_advantages
+from cme_reward.comparators import (
+    MetaQuestion,
+    call_reward,
+    load_reward,
+    needed_statistics,
+    policy_statistics,
+)
+from cme_reward.verifiers.hf import TransformersVerifier
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    # Answers are short enough to be compared as a whole.
+    "ttrl": {"answer": lambda text: text or None},
+    "rlme": {"questions": [MetaQuestion(META_QUESTION)], "template": META_TEMPLATE},
+}
+Advantages = Callable[
+    [Sequence[str], Sequence[Sequence[int]], Sequence[Sequence[int]], Sequence[int]], torch.Tensor
+]
+
+
+def verifier(cast: Cast, name: str) -> TransformersVerifier:
+    return TransformersVerifier(cast.model(name), cast.tokenizer(name), name=name)
+
+
+def reward(condition: Condition, cast: Cast, policy: Any) -> Any:
+    """The reward as `load_reward` makes it."""
+    needs_verifier = condition.reward in ("cme", "rlme", "random")
+    return load_reward(
+        condition.reward,
+        cast.tokenizer("pretrained"),
+        CMEConfig(**condition.config),
+        verifier=verifier(cast, condition.verifier) if needs_verifier else None,
+        policy=policy,
+        **OPTIONS.get(condition.reward, {}),
+    )
+
+
+def advantages(condition: Condition, cast: Cast, policy: Any) -> Advantages:
+    """`(prompts, prompt_ids, response_ids, groups) -> advantages [B, T]` of a condition."""
+    scorer = reward(condition, cast, policy)
+
+    def call(
+        prompts: Sequence[str],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        groups: Sequence[int],
+    ) -> torch.Tensor:
+        statistics = None
+        if needed_statistics(scorer):
+            statistics = policy_statistics(policy, prompt_ids, response_ids)
+        batch = call_reward(scorer, prompts, response_ids, None, statistics)
+        if condition.gamma is None:
+            return batch.advantages(groups)
+        returns = returns_to_go(batch.token_rewards, batch.mask, condition.gamma)
+        config = batch.config
+        return group_advantages(returns, batch.mask, groups, scale=config.scale, eps=config.eps)
+
+    return call
+
+
+def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Discounted sums of a token's own and all later rewards, `[B, T]`.
+
+        R[i, t] = sum_{k >= t} gamma^(k - t) r[i, k]
+
+    over unmasked k; so a token is credited with what it makes possible. gamma = 0 gives the rewards
+    themselves, gamma = 1 all of the response from here on.
+    """
+    rewards = torch.where(mask, rewards.double(), 0)
+    returns = torch.zeros_like(rewards)
+    total = torch.zeros(len(rewards), dtype=torch.float64)
+    for t in reversed(range(rewards.shape[1])):
+        total = rewards[:, t] + gamma * total
+        returns[:, t] = total
+    return returns.float()

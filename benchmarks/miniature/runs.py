@@ -1,0 +1,131 @@
+"""One run: a condition and a seed -> a file of measurements. What is there is not done again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.miniature import evaluate, grpo, rewards
+from benchmarks.miniature.cast import Cast, Scale
+from benchmarks.miniature.conditions import Condition
+from benchmarks.miniature.grpo import Settings
+from benchmarks.miniature.tasks import TASKS, test_set
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that is the same in all conditions."""
+
+    folder: Path
+    scale: Scale = field(default_factory=Scale)
+    settings: Settings = field(default_factory=Settings)
+    questions: int = 35 * len(TASKS)
+    steps: float = 1.0
+    """Multiplies the steps of every condition."""
+    device: str = "cpu"
+
+    @property
+    def cast(self) -> Cast:
+        return Cast(self.folder / "models", self.scale, self.device)
+
+
+def file_of(world: World, name: str, seed: int) -> Path:
+    safe = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+    return world.folder / "runs" / f"{safe}.{seed}.json"
+
+
+def run(world: World, condition: Condition, seed: int) -> dict[str, Any]:
+    """Train one generator and write its measurements, or read them."""
+    file = file_of(world, condition.name, seed)
+    if file.is_file():
+        return json.loads(file.read_text())
+    torch.manual_seed(seed)
+    cast = world.cast
+    tokenizer = cast.tokenizer(condition.regime)
+    test = test_set(world.questions)
+    policy = cast.model(condition.regime, seed)
+    settings = condition.settings(world.settings)
+    settings = Settings(**{**vars(settings), "steps": round(settings.steps * world.steps)})
+    wall, cpu = time.perf_counter(), time.process_time()
+    if condition.trainer == "trl":
+        from benchmarks.miniature.trl_run import train  # seconds to import
+
+        curve = train(policy, tokenizer, condition, cast, settings, test, seed)
+    else:
+        give = rewards.advantages(condition, cast, policy)
+        curve = grpo.train(policy, tokenizer, give, settings, test, seed)
+    sampled = evaluate.answers(policy, tokenizer, test, seed=seed)
+    marks = evaluate.grades(tokenizer, test, sampled)
+    result = {
+        "condition": condition.name,
+        "seed": seed,
+        "curve": curve,
+        "sampled_accuracy": sum(mark == 1 for mark in marks) / len(marks),
+        "cpu_seconds": time.process_time() - cpu,
+        "wall_seconds": time.perf_counter() - wall,
+        "examples": examples_of(policy, tokenizer, test),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.rename(file)
+    return result
+
+
+def examples_of(policy: Any, tokenizer: Any, test: Sequence[Any]) -> list[list[str]]:
+    """Prompt and greedy response of the first question of each task."""
+    first = {e.task: e for e in reversed(test)}
+    ids = evaluate.answers(policy, tokenizer, list(first.values()))
+    texts = [evaluate.text_of(tokenizer, row) for row in ids]
+    return [[e.prompt, text] for e, text in zip(first.values(), texts, strict=True)]
+
+
+def measured(world: World, name: str, seed: int = 0) -> dict[str, Any]:
+    """A model of the cast on the test set, measured once."""
+    file = file_of(world, f"cast-{name}", seed)
+    if not file.is_file():
+        cast = world.cast
+        found = evaluate.measure(
+            cast.model(name, seed), cast.tokenizer(name), test_set(world.questions)
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def run_all(
+    world: World, conditions: Sequence[Condition], seeds: Sequence[int], workers: int
+) -> None:
+    """Train the cast, then run every condition with every seed, in so many processes."""
+    regimes = {c.regime for c in conditions}
+    names = {c.verifier for c in conditions if c.reward in ("cme", "rlme")}
+    fixed = [(name, 0) for name in sorted(names | {"verifier-4", "reference"})]
+    bases = [("pretrained", seed) for seed in seeds]
+    tuned = [("sft", s) for s in seeds if regimes & {"sft", "preference"}]
+    tuned_more = [("preference", s) for s in seeds if "preference" in regimes]
+    jobs = [(c, seed) for seed in seeds for c in conditions]
+    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        for stage in ([*fixed, *bases], tuned, tuned_more):
+            for done in as_completed([pool.submit(measured, world, *job) for job in stage]):
+                done.result()
+        futures = {pool.submit(run, world, c, seed): (c.name, seed) for c, seed in jobs}
+        for count, done in enumerate(as_completed(futures), 1):
+            result, (name, seed) = done.result(), futures[done]
+            last = result["curve"][-1]
+            print(
+                f"{count}/{len(jobs)} {name}, seed {seed}: accuracy {last['accuracy']:.2f}, "
+                f"length {last['length']:.1f}, {result['cpu_seconds']:.0f} CPU s",
+                flush=True,
+            )
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
