@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.miniature import report
 from benchmarks.miniature.cast import Scale
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.grpo import Settings
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("miniature-output"), help="folder; runs in it are kept")
-    add("--workers", type=int, default=2, help="processes of one thread each")
+    add("--workers", type=int, default=2, help="processes of one thread each; 0: in this one")
     add("--seeds", type=int, default=3, help="seeds of every condition")
     add("--group", action="append", choices=GROUPS, help="only these conditions")
     add("--only", action="append", metavar="TEXT", help="only conditions with TEXT in their name")
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     if not given.report_only:
         run_all(world, chosen, range(given.seeds), given.workers)
+    page = report.write(world)
+    print(f"{page}: the report")
     print(f"{len(chosen)} of {len(CONDITIONS)} conditions, {time.perf_counter() - started:.0f} s")
 
 

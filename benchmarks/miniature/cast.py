@@ -36,7 +36,7 @@ CAPABILITIES = ("verifier-1", "verifier-2", "verifier-3", "verifier-4")
 class Scale:
     """How large everything is; `steps` multiplies the steps of all supervised training."""
 
-    generator: Size = Size(64, 2)
+    generator: Size = Size(64, 2)  # noqa: RUF009 (frozen)
     verifiers: tuple[Size, ...] = (Size(32, 1), Size(48, 2), Size(64, 2), Size(96, 3))
     verifier_steps: tuple[int, ...] = (120, 250, 500, 1000)
     generator_steps: int = 1000

@@ -69,7 +69,9 @@ def _lessons() -> list[Condition]:
     """Twice: what the deviation is divided by, and whether stopping is paid for."""
 
     def long(name: str, gamma: float | None = None, **config: Any) -> Condition:
-        return Condition(f"long: {name}", config=config, gamma=gamma, steps=LONG_STEPS, cosine=False)
+        return Condition(
+            f"long: {name}", config=config, gamma=gamma, steps=LONG_STEPS, cosine=False
+        )
 
     return [
         long("token, eps 0.1"),

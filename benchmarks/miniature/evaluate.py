@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids[:-1])
 
 
-def grades(tokenizer: Any, examples: Sequence[Example], ids: Sequence[Sequence[int]]) -> list[float]:
+def grades(
+    tokenizer: Any, examples: Sequence[Example], ids: Sequence[Sequence[int]]
+) -> list[float]:
     """The judge's grade of each response; one that was cut off is wrong."""
     return [grade(e.prompt, text_of(tokenizer, i)) for e, i in zip(examples, ids, strict=True)]
 
@@ -103,8 +106,10 @@ def entropy(
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % confidence interval over seeds (Student's t).
 
-    The half-width of a single value is not known: nan.
+    The half-width of a single value is not known: nan. A value that is not known gives nan.
     """
+    if any(math.isnan(value) for value in values):
+        return float("nan"), float("nan")
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, float("nan")

@@ -81,9 +81,7 @@ def train(
         ]
         groups = [b // settings.rollouts for b in range(len(prompts))]
         advantages_BT = advantages(prompts, prompt_ids, response_ids, groups).to(device)
-        per_response = [
-            (advantages_BT[b, : len(row)] * row).mean() for b, row in enumerate(own)
-        ]
+        per_response = [(advantages_BT[b, : len(row)] * row).mean() for b, row in enumerate(own)]
         loss = -torch.stack(per_response).mean()
         scale = min(1.0, step / settings.warmup)
         if settings.cosine:
@@ -98,4 +96,3 @@ def train(
         if step % settings.every == 0 or step == settings.steps:
             take_stock(step)
     return curve
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,7 @@ def train(
     optimizers = _optimizers(model, lr)
     model.train()
     last: list[float] = []
+    groups: list[list[tuple[list[int], int]]] = []
     for step in range(steps):
         # Rows of like length together waste nothing on padding.
         if step % 8 == 0:
@@ -139,6 +140,3 @@ def _optimizers(model: Any, lr: float) -> list[torch.optim.Optimizer]:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return made
-
-
-Maker = Callable[[], Any]

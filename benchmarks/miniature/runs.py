@@ -17,7 +17,7 @@ from benchmarks.miniature import evaluate, grpo, rewards
 from benchmarks.miniature.cast import Cast, Scale
 from benchmarks.miniature.conditions import Condition
 from benchmarks.miniature.grpo import Settings
-from benchmarks.miniature.tasks import TASKS, test_set
+from benchmarks.miniature.tasks import TASKS, held_out_set
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def run(world: World, condition: Condition, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     cast = world.cast
     tokenizer = cast.tokenizer(condition.regime)
-    test = test_set(world.questions)
+    test = held_out_set(world.questions)
     policy = cast.model(condition.regime, seed)
     settings = condition.settings(world.settings)
     settings = Settings(**{**vars(settings), "steps": round(settings.steps * world.steps)})
@@ -94,7 +94,7 @@ def measured(world: World, name: str, seed: int = 0) -> dict[str, Any]:
     if not file.is_file():
         cast = world.cast
         found = evaluate.measure(
-            cast.model(name, seed), cast.tokenizer(name), test_set(world.questions)
+            cast.model(name, seed), cast.tokenizer(name), held_out_set(world.questions)
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found))
@@ -112,19 +112,30 @@ def run_all(
     tuned = [("sft", s) for s in seeds if regimes & {"sft", "preference"}]
     tuned_more = [("preference", s) for s in seeds if "preference" in regimes]
     jobs = [(c, seed) for seed in seeds for c in conditions]
+    cast = [*fixed, *bases, *tuned, *tuned_more]
+    if workers == 0:
+        for job in cast:
+            measured(world, *job)
+        for count, (condition, seed) in enumerate(jobs, 1):
+            _tell(count, len(jobs), run(world, condition, seed))
+        return
     with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        # Tuned models start from others, which have to be there.
         for stage in ([*fixed, *bases], tuned, tuned_more):
             for done in as_completed([pool.submit(measured, world, *job) for job in stage]):
                 done.result()
-        futures = {pool.submit(run, world, c, seed): (c.name, seed) for c, seed in jobs}
+        futures = [pool.submit(run, world, *job) for job in jobs]
         for count, done in enumerate(as_completed(futures), 1):
-            result, (name, seed) = done.result(), futures[done]
-            last = result["curve"][-1]
-            print(
-                f"{count}/{len(jobs)} {name}, seed {seed}: accuracy {last['accuracy']:.2f}, "
-                f"length {last['length']:.1f}, {result['cpu_seconds']:.0f} CPU s",
-                flush=True,
-            )
+            _tell(count, len(jobs), done.result())
+
+
+def _tell(count: int, of: int, result: dict[str, Any]) -> None:
+    last = result["curve"][-1]
+    print(
+        f"{count}/{of} {result['condition']}, seed {result['seed']}: accuracy "
+        f"{last['accuracy']:.2f}, length {last['length']:.1f}, {result['cpu_seconds']:.0f} CPU s",
+        flush=True,
+    )
 
 
 def _one_thread() -> None:

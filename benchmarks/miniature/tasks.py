@@ -98,7 +98,9 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % 8 == 0
 
 
-def stream(seed: int, tasks: tuple[str, ...] = TASKS, *, held_out: bool = False) -> Iterator[Example]:
+def stream(
+    seed: int, tasks: tuple[str, ...] = TASKS, *, held_out: bool = False
+) -> Iterator[Example]:
     """Examples for ever, the tasks in equal shares."""
     rng = random.Random(seed)
     while True:
@@ -107,7 +109,7 @@ def stream(seed: int, tasks: tuple[str, ...] = TASKS, *, held_out: bool = False)
             yield found
 
 
-def test_set(n: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> list[Example]:
+def held_out_set(n: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> list[Example]:
     """n different held-out questions, the tasks in turn."""
     chosen: dict[str, Example] = {}
     streams = [stream(seed, (task,), held_out=True) for task in tasks]

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from datasets import Dataset
-from transformers import GenerationConfig, TrainerCallback
+from transformers import GenerationConfig, PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
 from benchmarks.miniature import evaluate, rewards
@@ -64,6 +64,7 @@ def train(
             processing_class=tokenizer,
             callbacks=[TakeStock()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return curve
 

@@ -11,7 +11,7 @@ import random
 import re
 from collections import Counter
 from functools import cache
-from itertools import pairwise, islice
+from itertools import islice, pairwise
 
 from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
@@ -26,9 +26,7 @@ PRINTABLE = "".join(map(chr, range(32, 127)))
 def generator_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of words; letters and digits mostly one by one."""
     split = pre.ByteLevel(add_prefix_space=False)
-    words = Counter(
-        word for text in _texts(1) for word, _ in split.pre_tokenize_str(text)
-    )
+    words = Counter(word for text in _texts(1) for word, _ in split.pre_tokenize_str(text))
     merges = learn_merges(words, 90)
     alphabet = [split.pre_tokenize_str(c)[0][0] for c in PRINTABLE + "\n"]
     backend = Tokenizer(_bpe(["<pad>", "<eos>"], alphabet, merges))
@@ -42,9 +40,7 @@ def verifier_tokenizer() -> PreTrainedTokenizerFast:
     """SentencePiece BPE with byte fallback; many pairs of letters are tokens, digits stay alone."""
     pairs = random.Random(3).sample([a + b for a in LETTERS for b in LETTERS], 16)
     words = Counter(
-        word
-        for text in _texts(2)
-        for word in re.split(r"[\d\s]+", text.replace(" ", " \u2581"))
+        word for text in _texts(2) for word in re.split(r"[\d\s]+", text.replace(" ", " \u2581"))
     )
     words += Counter(dict.fromkeys(pairs, 400))
     merges = learn_merges(words, 170)

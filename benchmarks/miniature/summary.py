@@ -1,0 +1,233 @@
+"""From runs to numbers: means over seeds with confidence intervals, and what they say of claims."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.miniature.cast import CAPABILITIES, REGIMES
+from benchmarks.miniature.conditions import CONDITIONS, GROUPS
+from benchmarks.miniature.evaluate import interval, win_rate
+from benchmarks.miniature.runs import World, file_of
+
+BASES = {"pretrained": "base", "sft": "base, SFT", "preference": "base, preference-tuned"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition over its seeds; each number is (mean, half-width of the 95 % interval)."""
+
+    name: str
+    seeds: list[int]
+    accuracy: tuple[float, float]
+    best: tuple[float, float]
+    """Highest accuracy at any measurement of a run."""
+    win_base: tuple[float, float]
+    win_reference: tuple[float, float]
+    sampled: tuple[float, float]
+    length: tuple[float, float]
+    stopped: tuple[float, float]
+    repetition: tuple[float, float]
+    entropy: tuple[float, float]
+    distinct: tuple[float, float]
+    tasks: dict[str, float]
+    """Accuracy by task and by length of the letters."""
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, or a lesson, and what is seen of it here."""
+
+    text: str
+    verdict: str
+    """"holds", "does not hold" or "undecided"."""
+    numbers: str
+
+
+def runs_of(world: World, name: str) -> list[dict[str, Any]]:
+    """The runs of a condition that are there, by seed."""
+    files = (file_of(world, name, seed) for seed in range(100))
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
+def rows_of(world: World) -> dict[str, Row]:
+    """Every condition that was run, the untrained bases and the reference too."""
+    reference = _cast(world, "reference")
+    rows: dict[str, Row] = {}
+    for regime in REGIMES:
+        starts = {}
+        for condition in (c for c in CONDITIONS.values() if c.regime == regime):
+            for run in runs_of(world, condition.name):
+                starts.setdefault(run["seed"], run["curve"][0])
+        if starts:
+            as_runs = [
+                {"seed": s, "curve": [p], "sampled_accuracy": float("nan"), "cpu_seconds": 0.0}
+                for s, p in sorted(starts.items())
+            ]
+            rows[BASES[regime]] = _row(BASES[regime], as_runs, reference)
+    for name in CONDITIONS:
+        found = runs_of(world, name)
+        if found:
+            rows[name] = _row(name, found, reference)
+    return rows
+
+
+def _cast(world: World, name: str) -> dict[str, Any] | None:
+    file = file_of(world, f"cast-{name}", 0)
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _row(name: str, runs: Sequence[dict[str, Any]], reference: dict[str, Any] | None) -> Row:
+    ends = [run["curve"][-1] for run in runs]
+
+    def over(value: Callable[[dict[str, Any]], float]) -> tuple[float, float]:
+        return interval([value(end) for end in ends])
+
+    parts = ("reverse", "sort", "add", "steps", "say", "short", "long")
+    return Row(
+        name=name,
+        seeds=[run["seed"] for run in runs],
+        accuracy=over(lambda end: end["accuracy"]),
+        best=interval([max(point["accuracy"] for point in run["curve"]) for run in runs]),
+        win_base=interval(
+            [win_rate(r["curve"][-1]["grades"], r["curve"][0]["grades"]) for r in runs]
+        ),
+        win_reference=over(
+            lambda end: win_rate(end["grades"], reference["grades"]) if reference else float("nan")
+        ),
+        sampled=interval([run["sampled_accuracy"] for run in runs]),
+        length=over(lambda end: end["length"]),
+        stopped=over(lambda end: end["stopped"]),
+        repetition=over(lambda end: end["repetition"]),
+        entropy=over(lambda end: end["entropy"]),
+        distinct=over(lambda end: end["distinct"]),
+        tasks={p: statistics.mean(e[p] for e in ends) for p in parts if all(p in e for e in ends)},
+        cpu_seconds=statistics.mean(run["cpu_seconds"] for run in runs),
+    )
+
+
+def claims_of(world: World, rows: dict[str, Row]) -> list[Claim]:
+    """The claims that the runs at hand can speak to, one by one.
+
+    "holds" and "does not hold" need a 95 % interval over seeds (Student's t, differences paired by
+    seed) that lies on one side; anything else is "undecided".
+    """
+    claims: list[Claim] = []
+
+    def beats(text: str, ours: str, theirs: str) -> None:
+        """By accuracy at the end, paired by seed."""
+        first = {r["seed"]: r["curve"][-1]["accuracy"] for r in runs_of(world, ours)}
+        second = {r["seed"]: r["curve"][-1]["accuracy"] for r in runs_of(world, theirs)}
+        shared = sorted(first.keys() & second.keys())
+        if shared:
+            mean, half = interval([first[s] - second[s] for s in shared])
+            numbers = f"{ours} minus {theirs}, accuracy: {signed(mean, half)}"
+            claims.append(Claim(text, _side(mean, half), numbers))
+
+    def above_half(text: str, name: str) -> None:
+        if name in rows:
+            mean, half = rows[name].win_base
+            numbers = f"{name}, win rate against its base: {plain(mean, half)}"
+            claims.append(Claim(text, _side(mean - 0.5, half), numbers))
+
+    above_half("CME beats the base it starts from", "CME, token")
+    above_half("so does the sequence reward", "CME, sequence")
+    above_half("from a generator tuned on few clean examples", "CME, token, from sft")
+    above_half("from a preference-tuned generator", "CME, token, from preference")
+    beats("in TRL's own trainer as in the loop: no difference is expected", "CME, token, in TRL",
+          "CME, token")  # fmt: skip
+    for rival in ("RENT", "EM-RL", "INTUITOR", "TTRL", "RLME", "self-verifier, token"):
+        beats(f"CME beats {rival}", "CME, token", rival)
+    _random_is_lowest(rows, claims)
+    _grows(rows, claims)
+    beats("another family beats the generator's own, which shares its data", "CME, token",
+          "CME, token, same-family")  # fmt: skip
+    beats("token level beats sequence level", "CME, token", "CME, sequence")
+    beats("subtracting the policy's log-prob helps", "CME, token, policy baseline", "CME, token")
+    standard = "long: token, eps 0.1"
+    beats("eps 0.1 keeps longer training better than 1e-4", standard, "long: token, eps 1e-4")
+    beats("scoring EOS keeps longer training better than masking it", standard,
+          "long: token, EOS masked, eps 0.1")  # fmt: skip
+    beats("and at eps 1e-4", "long: token, eps 1e-4", "long: token, EOS masked, eps 1e-4")
+    beats("dividing by the deviation helps", standard, "long: token, not divided")
+    for gamma in ("0.9", "1"):
+        beats(f"returns-to-go with discount {gamma} help", f"long: token, returns-to-go {gamma}",
+              standard)  # fmt: skip
+    return claims
+
+
+def _random_is_lowest(rows: dict[str, Row], claims: list[Claim]) -> None:
+    trained = ["CME, token", *(f"CME, token, {name}" for name in CAPABILITIES[:-1])]
+    randoms = [n for n in ("random verifier, token", "random verifier, sequence") if n in rows]
+    here = [name for name in trained if name in rows]
+    if not randoms or not here:
+        return
+    high = max(rows[name].win_base[0] for name in randoms)
+    low = min(here, key=lambda name: rows[name].win_base[0])
+    verdict = "holds" if high < rows[low].win_base[0] else "does not hold"
+    text = "the random verifier is below every trained one (means)"
+    numbers = f"win rate against base: random {high:.3f} at most, {low} {rows[low].win_base[0]:.3f}"
+    claims.append(Claim(text, verdict, numbers))
+
+
+def _grows(rows: dict[str, Row], claims: list[Claim]) -> None:
+    names = [f"CME, token, {name}" for name in CAPABILITIES[:-1]] + ["CME, token"]
+    if all(name in rows for name in names):
+        rates = [rows[name].win_base[0] for name in names]
+        grows = all(a < b for a, b in pairwise(rates))
+        numbers = "win rate against base: " + ", ".join(f"{rate:.3f}" for rate in rates)
+        text = "win rate grows with the verifier's capability (means, four verifiers)"
+        claims.append(Claim(text, "holds" if grows else "does not hold", numbers))
+
+
+def _side(mean: float, half: float) -> str:
+    if mean - half > 0:
+        return "holds"
+    return "does not hold" if mean + half < 0 else "undecided"
+
+
+def plain(mean: float, half: float) -> str:
+    return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
+
+
+def signed(mean: float, half: float) -> str:
+    return f"{mean:+.3f}" + (f" ± {half:.3f}" if half == half else "")
+
+
+def summary(world: World) -> dict[str, Any]:
+    """All numbers of the report, for `report.json`."""
+    rows = rows_of(world)
+    names = [n for n in (*CAPABILITIES, "same-family", "same-tokenizer", "reference")]
+    cast = {n: found["accuracy"] for n in names if (found := _cast(world, n))}
+    return {
+        "seeds": sorted({s for row in rows.values() for s in row.seeds}),
+        "questions": world.questions,
+        "cast": cast,
+        "rows": {name: asdict(row) for name, row in rows.items()},
+        "groups": {g: [c.name for c in cs if c.name in rows] for g, cs in GROUPS.items()},
+        "claims": [asdict(claim) for claim in claims_of(world, rows)],
+        "curves": {name: _curves(world, name) for name in CONDITIONS if name in rows},
+        "examples": {
+            name: runs_of(world, name)[0]["examples"] for name in CONDITIONS if name in rows
+        },
+    }
+
+
+def _curves(world: World, name: str) -> list[list[dict[str, Any]]]:
+    keep = ("step", "accuracy", "length", "stopped", "repetition", "entropy", "distinct")
+    return [
+        [{key: point[key] for key in keep} for point in run["curve"]]
+        for run in runs_of(world, name)
+    ]
+
+
+def write(world: World, found: dict[str, Any]) -> Path:
+    file = world.folder / "report.json"
+    file.write_text(json.dumps(found, indent=1))
+    return file
