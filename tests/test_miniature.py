@@ -19,6 +19,7 @@ from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.demo import main as main_of_demo
 from benchmarks.miniature.grpo import Settings
 from benchmarks.miniature.models import EOS, Size
+from benchmarks.miniature.runs import World, run
 from benchmarks.miniature.sampling import sample
 from cme_reward import SpanTable
 
@@ -232,3 +233,13 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (tmp_path / "before-after.html").read_text()
     assert "before:" in page
     assert "after:" in page
+
+
+def test_a_run_is_the_same_again(tmp_path: Path) -> None:
+    few = Settings(prompts=2, rollouts=4)
+    condition = CONDITIONS["CME, token"]
+    curves = []
+    for folder in ("a", "b"):
+        world = World(tmp_path / folder, SMALL, few, questions=10, steps=0.03)
+        curves.append(run(world, condition, 1)["curve"])
+    assert curves[0] == curves[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.miniature import report
+from benchmarks.miniature import ranking, report
 from benchmarks.miniature.cast import Scale
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.grpo import Settings
@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     if not given.report_only:
         run_all(world, chosen, range(given.seeds), given.workers)
+        if not given.group and not given.only:
+            ranking.rank(world)
     page = report.write(world)
     print(f"{page}: the report")
     print(f"{len(chosen)} of {len(CONDITIONS)} conditions, {time.perf_counter() - started:.0f} s")

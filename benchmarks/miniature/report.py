@@ -64,11 +64,22 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
         (
             "Claims",
             f"{PAPER} Intervals are 95 % over {seeds} seeds (Student's t; differences paired by "
-            "seed). A verdict needs an interval on one side; claims about means say so.",
+            f"seed), each of {found['questions']} held-out questions. A verdict needs an interval "
+            "on one side; claims about means say so.",
             claims,
         ),
         ("Models before training", "Greedy accuracy on held-out questions.", cast),
     ]
+    if found["ranking"]:
+        ranked: Table = (
+            ("reward", "right above mistake"),
+            [[name, f"{share:.2f}"] for name, share in found["ranking"].items()],
+        )
+        text = (
+            "Share of held-out questions at which a reward is higher for the right answer than for "
+            "the generator's mistake, before any training. 0.5 is chance."
+        )
+        parts.append(("What the rewards prefer", text, ranked))
     rows = found["rows"]
     for group, names in found["groups"].items():
         bases = [n for n in summary.BASES.values() if n in rows] if group != "lessons" else []

@@ -205,10 +205,12 @@ def summary(world: World) -> dict[str, Any]:
     rows = rows_of(world)
     names = [n for n in (*CAPABILITIES, "same-family", "same-tokenizer", "reference")]
     cast = {n: found["accuracy"] for n in names if (found := _cast(world, n))}
+    ranking = file_of(world, "ranking", 0)
     return {
         "seeds": sorted({s for row in rows.values() for s in row.seeds}),
-        "questions": world.questions,
+        "questions": _questions(world, rows),
         "cast": cast,
+        "ranking": json.loads(ranking.read_text()) if ranking.is_file() else {},
         "rows": {name: asdict(row) for name, row in rows.items()},
         "groups": {g: [c.name for c in cs if c.name in rows] for g, cs in GROUPS.items()},
         "claims": [asdict(claim) for claim in claims_of(world, rows)],
@@ -217,6 +219,11 @@ def summary(world: World) -> dict[str, Any]:
             name: runs_of(world, name)[0]["examples"] for name in CONDITIONS if name in rows
         },
     }
+
+
+def _questions(world: World, rows: dict[str, Row]) -> int:
+    runs = next((found for name in rows if (found := runs_of(world, name))), None)
+    return len(runs[0]["curve"][0]["grades"]) if runs else 0
 
 
 def _curves(world: World, name: str) -> list[list[dict[str, Any]]]:
