@@ -28,9 +28,9 @@ REWARDS = [
 def rank(world: World) -> dict[str, float]:
     """Share of held-out questions whose right answer has the higher sequence reward.
 
-    Over questions where answer and mistake differ; a tie counts half. Rewards made
-    of the generator's own distributions take them from the untrained one of seed 0. TTRL compares rollouts with each other
-    and says nothing of a single one.
+    Over questions where answer and mistake differ; a tie counts half. Rewards made of the
+    generator's own distributions take them from the untrained one of seed 0. TTRL compares rollouts
+    with each other and says nothing of a single one.
     """
     file = file_of(world, "ranking", 0)
     if not file.is_file():

@@ -46,7 +46,8 @@ class Claim:
 
     text: str
     verdict: str
-    """"holds", "does not hold" or "undecided"."""
+    """"holds", "does not hold" or "undecided"; "not contradicted" where no difference is claimed and
+    none is seen."""
     numbers: str
 
 
@@ -120,15 +121,18 @@ def claims_of(world: World, rows: dict[str, Row]) -> list[Claim]:
     """
     claims: list[Claim] = []
 
-    def beats(text: str, ours: str, theirs: str) -> None:
-        """By accuracy at the end, paired by seed."""
+    def compare(text: str, ours: str, theirs: str, *, alike: bool = False) -> None:
+        """By accuracy at the end, paired by seed; `alike` claims that there is no difference."""
         first = {r["seed"]: r["curve"][-1]["accuracy"] for r in runs_of(world, ours)}
         second = {r["seed"]: r["curve"][-1]["accuracy"] for r in runs_of(world, theirs)}
         shared = sorted(first.keys() & second.keys())
         if shared:
             mean, half = interval([first[s] - second[s] for s in shared])
             numbers = f"{ours} minus {theirs}, accuracy: {signed(mean, half)}"
-            claims.append(Claim(text, _side(mean, half), numbers))
+            verdict = _side(mean, half)
+            if alike and half == half:
+                verdict = "not contradicted" if verdict == "undecided" else "does not hold"
+            claims.append(Claim(text, verdict, numbers))
 
     def above_half(text: str, name: str) -> None:
         if name in rows:
@@ -140,36 +144,44 @@ def claims_of(world: World, rows: dict[str, Row]) -> list[Claim]:
     above_half("so does the sequence reward", "CME, sequence")
     above_half("from a generator tuned on few clean examples", "CME, token, from sft")
     above_half("from a preference-tuned generator", "CME, token, from preference")
-    beats("in TRL's own trainer as in the loop: no difference is expected", "CME, token, in TRL",
-          "CME, token")  # fmt: skip
+    text = "TRL's trainer ends where the loop ends"
+    compare(text, "CME, token, in TRL", "CME, token", alike=True)
     for rival in ("RENT", "EM-RL", "INTUITOR", "TTRL", "RLME", "self-verifier, token"):
-        beats(f"CME beats {rival}", "CME, token", rival)
+        compare(f"CME beats {rival}", "CME, token", rival)
     _random_is_lowest(rows, claims)
     _grows(rows, claims)
-    beats("another family beats the generator's own, which shares its data", "CME, token",
-          "CME, token, same-family")  # fmt: skip
-    beats("token level beats sequence level", "CME, token", "CME, sequence")
-    beats("subtracting the policy's log-prob helps", "CME, token, policy baseline", "CME, token")
+    compare(
+        "another family beats the generator's own, which shares its data",
+        "CME, token",
+        "CME, token, same-family",
+    )
+    compare("token level beats sequence level", "CME, token", "CME, sequence")
+    compare("subtracting the policy's log-prob helps", "CME, token, policy baseline", "CME, token")
     standard = "long: token, eps 0.1"
-    beats("eps 0.1 keeps longer training better than 1e-4", standard, "long: token, eps 1e-4")
-    beats("scoring EOS keeps longer training better than masking it", standard,
-          "long: token, EOS masked, eps 0.1")  # fmt: skip
-    beats("and at eps 1e-4", "long: token, eps 1e-4", "long: token, EOS masked, eps 1e-4")
-    beats("dividing by the deviation helps", standard, "long: token, not divided")
+    compare("eps 0.1 keeps longer training better than 1e-4", standard, "long: token, eps 1e-4")
+    compare(
+        "scoring EOS keeps longer training better than masking it",
+        standard,
+        "long: token, EOS masked, eps 0.1",
+    )
+    compare("and at eps 1e-4", "long: token, eps 1e-4", "long: token, EOS masked, eps 1e-4")
+    compare("dividing by the deviation helps", standard, "long: token, not divided")
     for gamma in ("0.9", "1"):
-        beats(f"returns-to-go with discount {gamma} help", f"long: token, returns-to-go {gamma}",
-              standard)  # fmt: skip
+        compare(
+            f"returns-to-go with discount {gamma} help",
+            f"long: token, returns-to-go {gamma}",
+            standard,
+        )
     return claims
 
 
 def _random_is_lowest(rows: dict[str, Row], claims: list[Claim]) -> None:
     trained = ["CME, token", *(f"CME, token, {name}" for name in CAPABILITIES[:-1])]
     randoms = [n for n in ("random verifier, token", "random verifier, sequence") if n in rows]
-    here = [name for name in trained if name in rows]
-    if not randoms or not here:
+    if not randoms or not all(name in rows for name in trained):
         return
     high = max(rows[name].win_base[0] for name in randoms)
-    low = min(here, key=lambda name: rows[name].win_base[0])
+    low = min(trained, key=lambda name: rows[name].win_base[0])
     verdict = "holds" if high < rows[low].win_base[0] else "does not hold"
     text = "the random verifier is below every trained one (means)"
     numbers = f"win rate against base: random {high:.3f} at most, {low} {rows[low].win_base[0]:.3f}"
