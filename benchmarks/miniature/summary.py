@@ -46,8 +46,8 @@ class Claim:
 
     text: str
     verdict: str
-    """"holds", "does not hold" or "undecided"; "not contradicted" where no difference is claimed and
-    none is seen."""
+    """"holds", "does not hold" or "undecided"; "not contradicted" where a claim of no difference
+    stands."""
     numbers: str
 
 
