@@ -55,7 +55,7 @@ def main(
     curve = trl_run.train(policy, tokenizer, CONDITION, cast, settings, test, 0, console.print)
     after = view(policy, tokenizer, scorer, example, "after")
 
-    table = Table(title="Accuracy on held-out questions, checked by a program")
+    table = Table(title="Accuracy, checked by a program")
     for column in ("task", "before", "after"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task in (*TASKS, "accuracy"):
