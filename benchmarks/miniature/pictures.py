@@ -68,6 +68,8 @@ def learning_curves(curves: dict[str, list[list[dict[str, Any]]]], file: Path, t
             axis.plot(
                 steps[: len(mean)], mean, color=colour, lw=2, label=name.removeprefix("long: ")
             )
+        # From 0, and never so narrow that noise looks like a trend.
+        axis.set_ylim(0, max(axis.get_ylim()[1], {"accuracy": 1, "repetition": 0.1}.get(key, 0)))
         _dress(axis, "step", label)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

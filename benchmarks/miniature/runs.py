@@ -111,7 +111,8 @@ def run_all(
     bases = [("pretrained", seed) for seed in seeds]
     tuned = [("sft", s) for s in seeds if regimes & {"sft", "preference"}]
     tuned_more = [("preference", s) for s in seeds if "preference" in regimes]
-    jobs = [(c, seed) for seed in seeds for c in conditions]
+    # The long ones last, so that what an interrupted session leaves is worth most.
+    jobs = sorted(((c, seed) for seed in seeds for c in conditions), key=lambda job: job[0].steps)
     cast = [*fixed, *bases, *tuned, *tuned_more]
     if workers == 0:
         for job in cast:
