@@ -40,15 +40,16 @@ def draw_all(found: dict[str, Any], folder: Path) -> list[Path]:
             learning_curves({c: curves[c] for c in here}, files[-1], title)
 
     panels("rewards", REWARDS, "Rewards: mean of the seeds, held-out questions, greedy")
-    lessons = [c for c in curves if c.startswith("long: ")]
-    panels("lessons", lessons, "Longer training at a constant learning rate")
+    for kind, what in (("long", "Twice the steps"), ("fast", "Three times the learning rate")):
+        lessons = [c for c in curves if c.startswith(f"{kind}: ")]
+        panels(f"lessons-{kind}", lessons, f"{what}, no cosine")
     names = [f"CME, token, {name}" for name in CAPABILITIES[:-1]] + ["CME, token"]
     if all(name in found["rows"] for name in names) and all(
         c in found["cast"] for c in CAPABILITIES
     ):
         files.append(folder / "capability.png")
         capability(found, names, files[-1])
-    shown = [name for name in found["rows"] if not name.startswith("long: ")]
+    shown = [name for name in found["rows"] if not name.startswith(("long: ", "fast: "))]
     if shown:
         files.append(folder / "win-rates.png")
         win_rates({name: found["rows"][name]["win_base"] for name in shown}, files[-1])
@@ -66,7 +67,7 @@ def learning_curves(curves: dict[str, list[list[dict[str, Any]]]], file: Path, t
                 axis.plot(steps[: len(run)], run, color=colour, lw=0.6, alpha=0.35)
             mean = [statistics.mean(at) for at in zip(*values, strict=False)]
             axis.plot(
-                steps[: len(mean)], mean, color=colour, lw=2, label=name.removeprefix("long: ")
+                steps[: len(mean)], mean, color=colour, lw=2, label=name.partition(": ")[2] or name
             )
         # From 0, and never so narrow that noise looks like a trend.
         axis.set_ylim(0, max(axis.get_ylim()[1], {"accuracy": 1, "repetition": 0.1}.get(key, 0)))

@@ -32,7 +32,7 @@ TITLES = {
     "rewards": "Rewards (beside the paper's Tables 1 and 2)",
     "verifiers": "Verifiers (beside the paper's Figure 3)",
     "regimes": "Training regimes of the generator (beside the paper's Table 1)",
-    "lessons": "Longer training: eps, EOS and returns-to-go",
+    "lessons": "More training: eps, EOS and returns-to-go",
 }
 Table = tuple[Sequence[str], list[list[str]]]
 

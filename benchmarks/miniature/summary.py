@@ -157,21 +157,19 @@ def claims_of(world: World, rows: dict[str, Row]) -> list[Claim]:
     )
     compare("token level beats sequence level", "CME, token", "CME, sequence")
     compare("subtracting the policy's log-prob helps", "CME, token, policy baseline", "CME, token")
-    standard = "long: token, eps 0.1"
-    compare("eps 0.1 keeps longer training better than 1e-4", standard, "long: token, eps 1e-4")
-    compare(
-        "scoring EOS keeps longer training better than masking it",
-        standard,
-        "long: token, EOS masked, eps 0.1",
-    )
-    compare("and at eps 1e-4", "long: token, eps 1e-4", "long: token, EOS masked, eps 1e-4")
-    compare("dividing by the deviation helps", standard, "long: token, not divided")
+    for kind in ("long", "fast"):
+        standard = f"{kind}: token, eps 0.1"
+        compare(f"{kind}: eps 0.1 is better than 1e-4", standard, f"{kind}: token, eps 1e-4")
+        masked = f"{kind}: token, EOS masked, eps"
+        compare(f"{kind}: scoring EOS is better than masking it", standard, f"{masked} 0.1")
+        tiny = f"{kind}: token, eps 1e-4"
+        compare(f"{kind}: also at eps 1e-4", tiny, f"{masked} 1e-4")
+    compare("fast: dividing by the deviation helps", standard, "fast: token, not divided")
+    compare("fast: eps 0.1 is better than 1", standard, "fast: token, eps 1")
     for gamma in ("0.9", "1"):
-        compare(
-            f"returns-to-go with discount {gamma} help",
-            f"long: token, returns-to-go {gamma}",
-            standard,
-        )
+        name = f"fast: token, returns-to-go {gamma}"
+        compare(f"fast: returns-to-go with discount {gamma} help", name, standard)
+    compare("fast: the sequence level keeps better", "fast: sequence, eps 0.1", standard)
     return claims
 
 
