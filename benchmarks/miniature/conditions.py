@@ -80,7 +80,7 @@ def _lessons() -> list[Condition]:
             f"fast: {name}", config=config, gamma=gamma, steps=150, cosine=False, lr=1e-3
         )
 
-    masked = {"eos": "mask"}
+    masked: dict[str, Any] = {"eos": "mask"}
     return [
         long("token, eps 0.1"),
         long("token, eps 1e-4", eps=1e-4),
