@@ -45,6 +45,7 @@ class CMEReward(RewardManagerBase):
         self.reward_router_address = reward_router_address
         self.reward_model_tokenizer = reward_model_tokenizer
         self._scorer: Any = None
+        self._ready = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (
@@ -72,10 +73,13 @@ class CMEReward(RewardManagerBase):
 
         try:
             if ray.is_initialized():
+                # The first handle is the one that keeps the actor alive: nothing may be awaited
+                # before it is kept, or a concurrent call would put its own in its place.
                 if self._scorer is None:
-                    scorer = scorer_actor(self.config, self.reward_router_address)
-                    await ready(scorer, self.settings)
-                    self._scorer = scorer
+                    self._scorer = scorer_actor(self.config, self.reward_router_address)
+                if not self._ready:
+                    await ready(self._scorer, self.settings)
+                    self._ready = True
                 scored = await self._scorer.score.remote(request)
             else:
                 self._scorer = self._scorer or Scorer(self.config, self.reward_router_address)

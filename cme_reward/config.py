@@ -39,8 +39,8 @@ class CMEConfig:
 
     eos: str = "score"
     """"score": the generator's EOS gets the verifier's end-of-turn log-prob, so that stopping earns
-    or costs credit. "mask" (paper): EOS gets no reward; long token-level runs then forget to
-    stop."""
+    or costs credit. "mask" (paper): EOS gets no reward, and nothing pays for stopping; runs then
+    did a little worse, undecided at three seeds (docs/evidence.md)."""
 
     logprob_floor: float | None = None
     """Verifier log-probs below this many nats are raised to it, before alignment. None: none is."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from conftest import TEXTS
 from server_tools import PATIENCE, Program, until
 from test_server import refused
@@ -69,6 +70,16 @@ def rollouts(scorer: CrossModelEntropy, words: int = 0) -> list[list[int]]:
     return [row.tolist() for row in scorer.table.encode_batch(texts).ids]
 
 
+@pytest.fixture
+def as_many_threads() -> Iterator[None]:
+    """As the server has: their number changes how float32 rounds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("as_many_threads")
 def test_rewards_over_http_equal_those_in_process(
     client: httpx.Client, scorer: CrossModelEntropy
 ) -> None:

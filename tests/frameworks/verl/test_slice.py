@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from transformers import AutoTokenizer
 from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
@@ -20,7 +21,7 @@ from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl_rig import naive
 
-from cme_reward import ConfigError, InputError
+from cme_reward import ConfigError, InputError, _verl_reward
 from cme_reward._verl_outputs import KEY, attach, describe, detach
 
 TEXTS = ["7 plus 8 equals 15.", " The answer is 3", "\n\n 4 apples", "15"]
@@ -94,6 +95,38 @@ def rollouts(policy: Any) -> Rollouts:
 
 def scores(config: Any, batch: DataProto) -> list[dict[str, Any]]:
     return asyncio.run(RewardLoopWorker(config).compute_score_batch(batch))
+
+
+def test_the_handle_that_keeps_the_scorer_alive_is_kept(
+    config: Any, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray ends a named actor with the handle of who made it; those who find it do not keep it."""
+    made = []
+
+    class Handle:
+        def __init__(self) -> None:
+            made.append(self)
+            self.score = SimpleNamespace(remote=self._score)
+
+        async def _score(self, request: Any) -> dict[str, Any]:
+            rewards = np.zeros(len(request.ids), np.float32)
+            return {"rewards": rewards, "sequence": 0.0, "info": {}}
+
+    async def ready(handle: Handle, settings: Any) -> None:
+        await asyncio.sleep(0.01)  # long enough for all to have asked
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(_verl_reward, "scorer_actor", lambda *_: Handle())
+    monkeypatch.setattr(_verl_reward, "ready", ready)
+    manager = _verl_reward.CMEReward(config, rollouts.tokenizer)
+    batch = rollouts.batch()
+
+    async def main() -> None:
+        await asyncio.gather(*(manager.run_single(batch[i : i + 1]) for i in range(4)))
+
+    asyncio.run(main())
+    assert len(made) == 1
+    assert manager._scorer is made[0]
 
 
 def test_rewards_and_advantages_are_those_computed_by_hand(config: Any, rollouts: Rollouts) -> None:
