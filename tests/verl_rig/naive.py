@@ -72,6 +72,32 @@ def token_rewards(
     return np.where(mask, rewards, 0), mask
 
 
+def sequence_rewards(
+    verifier: EmbeddedVerifier, policy: Any, content: str, ids: list[int], sampled: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean log-prob of a response's verifier tokens on its last token; all tokens count."""
+    assert all(sampled)
+    special = {i for i, token in policy.added_tokens_decoder.items() if token.special}
+    text = "".join("" if i >= len(policy) or i in special else policy.decode([i]) for i in ids)
+    before = f"<|bos|><|user|>{content}<|assistant|>"
+    _, logp = verifier.logprobs(before, text, end=ids[-1] == policy.eos_token_id)
+    rewards = np.zeros(len(ids))
+    rewards[-1] = logp.mean()
+    return rewards, np.ones(len(ids), dtype=bool)
+
+
+def grpo(
+    rewards: list[np.ndarray], masks: list[np.ndarray], groups: list[str], eps: float
+) -> list[np.ndarray]:
+    """One number for a response: its reward normalised over its group."""
+    totals = np.array([row.sum() for row in rewards])
+    out = []
+    for total, mask, group in zip(totals, masks, groups, strict=True):
+        values = totals[[k for k, other in enumerate(groups) if other == group]]
+        out.append(mask * (total - values.mean()) / (values.std(ddof=1) + eps))
+    return out
+
+
 def advantages(
     rewards: list[np.ndarray], masks: list[np.ndarray], groups: list[str], eps: float
 ) -> list[np.ndarray]:
@@ -106,6 +132,7 @@ def largest_difference(
     policy: Any,
     score: Callable[[str, list[int], list[int]], tuple[np.ndarray, np.ndarray]],
     eps: float = 0.1,
+    normalise: Callable[..., list[np.ndarray]] = advantages,
 ) -> float:
     """Between what the actor received and what is computed here, over all steps."""
     rows = [
@@ -124,7 +151,7 @@ def largest_difference(
             score(group, row["responses"].tolist(), row["response_mask"].tolist())
             for group, row in zip(groups, step, strict=True)
         ]
-        expected = advantages([r for r, _ in scored], [m for _, m in scored], groups, eps)
+        expected = normalise([r for r, _ in scored], [m for _, m in scored], groups, eps)
         for row, want in zip(step, expected, strict=True):
             got = row["advantages"][: len(want)].double().numpy()
             assert got.shape == want.shape

@@ -92,6 +92,24 @@ def test_streaming_with_tools_a_reference_policy_and_two_mini_batches(
         assert step["critic/score/mean"] == pytest.approx(step["critic/rewards/mean"])
 
 
+def test_the_sequence_level_with_verls_own_grpo(
+    base: dict[str, Any], policy: Path, tmp_path: Path
+) -> None:
+    done = run(tmp_path / "run", {**base, "cme": {**EXACT, "level": "sequence"}})
+    assert done.status == 0, explain(done)
+    tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.EmbeddedVerifier()
+    worst = naive.largest_difference(
+        read(done.record),
+        16,
+        tokenizer,
+        lambda *row: naive.sequence_rewards(verifier, tokenizer, *row),
+        eps=1e-6,
+        normalise=naive.grpo,
+    )
+    assert worst < 1e-5
+    assert "cme_grpo" not in done.log
+
+
 def test_a_colocated_verifier_with_tools_by_verls_own_keys(
     base: dict[str, Any], policy: Path, tmp_path: Path
 ) -> None:
