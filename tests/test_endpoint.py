@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -162,7 +163,14 @@ def test_requests_in_flight_are_bounded(engine: str, verifiers: Any) -> None:
 
 
 def test_sglang_reads_a_shared_prompt_once_before_the_rest(verifiers: Any) -> None:
-    with fake("sglang", fault=lambda n, body: Fault(delay=0.05)) as server:
+    together = threading.Barrier(4)
+
+    def wait_for_the_rest(n: int, body: Any) -> Fault | None:
+        if body["input_ids"][:3] == [1, 2, 3] and body["input_ids"][3] != 4:
+            together.wait(30)
+        return Fault(delay=0.05)
+
+    with fake("sglang", fault=wait_for_the_rest) as server:
         verifier = verifiers("sglang", server)
         before = len(server.requests)
         server.most_in_flight = 0
