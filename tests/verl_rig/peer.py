@@ -30,7 +30,9 @@ def main() -> int:
         environ = {key: value for key, value in os.environ.items() if key != "VERL_PLATFORM"}
         environ |= {"HF_HUB_OFFLINE": "1", "VERL_USE_EXTERNAL_PLUGINS": "auto"}
         environ.pop("VERL_USE_EXTERNAL_MODULES", None)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        # Not this project's settings, where the temporary folder lies in it.
+        settings = ["-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", *settings, *files]
         return subprocess.run(command, cwd=folder, env=environ).returncode
 
 
