@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from cme_reward._ragged import Int64, row_offsets, split
+from cme_reward._rows import pad
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
 from cme_reward.errors import InputError
@@ -91,10 +92,10 @@ def assemble(
         for b, position in last.items():
             rewards[position] = sequence[b]
     return CMEBatch(
-        token_rewards=_pad(rewards.astype(np.float32), offsets),
-        mask=_pad(scored, offsets),
+        token_rewards=pad(rewards.astype(np.float32), offsets),
+        mask=pad(scored, offsets),
         sequence_rewards=torch.from_numpy(sequence).float(),
-        token_logprobs=_pad(logprobs.astype(np.float32), offsets),
+        token_logprobs=pad(logprobs.astype(np.float32), offsets),
         dropped_nats=torch.from_numpy(dropped).float(),
         verifier_tokens=_verifier_tokens(scores[0], row_of_segment, n_rows),
         metrics=metrics,
@@ -140,11 +141,3 @@ def _verifier_tokens(
 
 def _mean(values: NDArray[Any], empty: float = 0.0) -> float:
     return float(values.mean()) if values.size else empty
-
-
-def _pad(flat: NDArray[Any], offsets: Int64) -> torch.Tensor:
-    """Rows of a flat array as a tensor `[B, T]`, padded with 0 on the right."""
-    lengths = np.diff(offsets)
-    padded = np.zeros((len(lengths), lengths.max(initial=0)), dtype=flat.dtype)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat
-    return torch.from_numpy(padded)

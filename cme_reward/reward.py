@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cme_reward._pieces import special_ids
 from cme_reward._ragged import Int64, flatten_ids, split
+from cme_reward._rows import flat_like, on_host
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
@@ -165,38 +166,17 @@ class CrossModelEntropy:
                 f"got {len(prompts)} prompts and {len(response_ids)} responses; expected one "
                 "prompt, a string or a list of messages, for each response"
             )
-        flat_ids, offsets = flatten_ids(_on_host(response_ids), self.table.vocab_size, "response")
+        flat_ids, offsets = flatten_ids(on_host(response_ids), self.table.vocab_size, "response")
         masks = None
         if response_masks is not None:
-            masks = split(_like(response_masks, offsets, "response_masks").astype(bool), offsets)
+            masks = split(
+                flat_like(response_masks, offsets, "response_masks").astype(bool), offsets
+            )
         if self.config.baseline == "policy":
             if policy is None:
                 raise InputError(
                     'baseline="policy" needs policy_logprobs: the log-prob, in nats, that the '
                     "sampler gave each of its tokens"
                 )
-            policy = _like(policy, offsets, "policy_logprobs").astype(np.float64)
+            policy = flat_like(policy, offsets, "policy_logprobs").astype(np.float64)
         return split(flat_ids, offsets), masks, policy if self.config.baseline == "policy" else None
-
-
-def _on_host(rows: Any) -> Any:
-    """Rows without tensors, wherever these lived; numpy knows no bfloat16."""
-    if isinstance(rows, torch.Tensor):
-        rows = rows.detach().cpu()
-        return rows.double().numpy() if rows.is_floating_point() else rows.numpy()
-    return [_on_host(row) if isinstance(row, torch.Tensor) else row for row in rows]
-
-
-def _like(values: Any, offsets: Int64, name: str) -> NDArray[Any]:
-    """Per-token values of the same ragged shape as the ids, flat."""
-    rows = [np.asarray(row) for row in _on_host(values)]
-    if len(rows) != len(offsets) - 1:
-        raise InputError(f"{name} has {len(rows)} rows for {len(offsets) - 1} responses")
-    for b, row in enumerate(rows):
-        expected = offsets[b + 1] - offsets[b]
-        if row.shape != (expected,):
-            raise InputError(
-                f"{name} of response {b} has shape {row.shape}; expected one entry for each of "
-                f"its {expected} tokens"
-            )
-    return np.concatenate([np.zeros(0), *rows])

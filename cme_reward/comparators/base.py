@@ -13,14 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64, flatten_ids, row_offsets, split
-from cme_reward.assembly import _pad
+from cme_reward._rows import flat_like, on_host, pad
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators.policy import PolicyStatistics
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError, InputError
 from cme_reward.metrics import length_correlation, repetition
 from cme_reward.prompts import Prompt
-from cme_reward.reward import _like, _on_host
 from cme_reward.spans import SpanTable
 
 Float64 = NDArray[np.float64]
@@ -139,10 +138,10 @@ class Comparator:
                 f"got {len(prompts)} prompts and {len(response_ids)} responses; expected one "
                 "prompt, a string or a list of messages, for each response"
             )
-        flat, offsets = flatten_ids(_on_host(response_ids), self.table.vocab_size, "response")
+        flat, offsets = flatten_ids(on_host(response_ids), self.table.vocab_size, "response")
         sampled_N = np.ones(len(flat), dtype=bool)
         if response_masks is not None:
-            sampled_N = _like(response_masks, offsets, "response_masks").astype(bool)
+            sampled_N = flat_like(response_masks, offsets, "response_masks").astype(bool)
         given = policy_statistics or PolicyStatistics()
         if policy_logprobs is not None:
             given = replace(given, logprobs=policy_logprobs)
@@ -175,7 +174,7 @@ class Comparator:
                 "of the responses. Compute it with cme_reward.comparators.policy_statistics(model, "
                 "prompt_ids, response_ids), or take the framework's own"
             )
-        values_N = _like(rows, offsets, f"policy_statistics.{name}").astype(np.float64)
+        values_N = flat_like(rows, offsets, f"policy_statistics.{name}").astype(np.float64)
         for n in np.flatnonzero(~np.isfinite(values_N) & sampled_N)[:1]:
             b = int(np.searchsorted(offsets, n, side="right")) - 1
             raise InputError(
@@ -208,10 +207,10 @@ class Comparator:
             last = positions[np.cumsum(counts)[counts > 0] - 1]
             rewards_N[last] = sequence_B[counts > 0]
         return CMEBatch(
-            token_rewards=_pad(rewards_N.astype(np.float32), call.offsets),
-            mask=_pad(call.sampled_N, call.offsets),
+            token_rewards=pad(rewards_N.astype(np.float32), call.offsets),
+            mask=pad(call.sampled_N, call.offsets),
             sequence_rewards=torch.from_numpy(sequence_B).float(),
-            token_logprobs=_pad(np.zeros(len(rewards_N), np.float32), call.offsets),
+            token_logprobs=pad(np.zeros(len(rewards_N), np.float32), call.offsets),
             dropped_nats=torch.zeros(len(call.ids)),
             verifier_tokens=[(np.zeros(0, np.int64), np.zeros(0)) for _ in call.ids],
             metrics=metrics,
