@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,15 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cme_reward.verifiers
 
 EMBEDDED = Path(cme_reward.verifiers.__file__).parent / "embedded"
+SHARED = os.environ.get("CME_SHARED")
+TRAINED = Path(SHARED) / "models" / "stories260K" if SHARED else EMBEDDED
+"""A base model that others trained, with a SentencePiece tokenizer; the embedded chat model where
+there is none."""
 
 
-class EmbeddedVerifier:
-    """The package's small model, asked by one plain forward pass per response.
+class NaiveVerifier:
+    """A small model, asked by one plain forward pass per response.
 
     In float64, as the runs compared with: one forward pass in float32 is some 1e-5 from another.
     """
@@ -26,12 +33,25 @@ class EmbeddedVerifier:
     def __init__(self, path: Path = EMBEDDED) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+        # A text that goes on has no space of SentencePiece's in front of it.
+        self.going_on: Any = AutoTokenizer.from_pretrained(path)
+        backend = json.loads(self.going_on.backend_tokenizer.to_str())
+        steps = (backend["normalizer"] or {}).get("normalizers", [])
+        steps[:] = [step for step in steps if step["type"] != "Prepend"]
+        self.going_on._tokenizer = Tokenizer.from_str(json.dumps(backend))
 
     @torch.no_grad()
-    def logprobs(self, before: str, text: str, *, end: bool) -> tuple[list[tuple[int, int]], Any]:
+    def logprobs(
+        self, content: str, said: str, text: str, *, end: bool
+    ) -> tuple[list[tuple[int, int]], Any]:
         """Character spans of the text's tokens, and log-probs: one more for the end of turn."""
-        prompt = self.tokenizer.encode(before, add_special_tokens=False)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if self.tokenizer.chat_template:
+            chat = f"<|bos|><|user|>{content}<|assistant|>"
+            prompt = self.tokenizer.encode(chat, add_special_tokens=False)
+        else:
+            prompt = self.tokenizer.encode(content)
+        prompt += self.going_on.encode(said, add_special_tokens=False)
+        encoded = self.going_on(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"] + ([self.tokenizer.eos_token_id] if end else [])
         logits_SV = self.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
         found = [float(logits_SV[len(prompt) - 1 + s, i]) for s, i in enumerate(ids)]
@@ -39,14 +59,13 @@ class EmbeddedVerifier:
 
 
 def token_rewards(
-    verifier: EmbeddedVerifier, policy: Any, content: str, ids: list[int], sampled: list[int]
+    verifier: NaiveVerifier, policy: Any, content: str, ids: list[int], sampled: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards and mask of one response whose environment writes plain text inside the turn."""
     rewards, mask = np.zeros(len(ids)), np.zeros(len(ids), dtype=bool)
     special = {i for i, token in policy.added_tokens_decoder.items() if token.special}
     texts = ["" if i >= len(policy) or i in special else policy.decode([i]) for i in ids]
-    before = f"<|bos|><|user|>{content}<|assistant|>"
-    t = 0
+    said, t = "", 0
     while t < len(ids):
         stop = t
         while stop < len(ids) and sampled[stop] == sampled[t]:
@@ -55,7 +74,7 @@ def token_rewards(
         if sampled[t]:
             last = stop - 1
             end = ids[last] == policy.eos_token_id
-            spans, logp = verifier.logprobs(before, text, end=end)
+            spans, logp = verifier.logprobs(content, said, text, end=end)
             start = 0
             for k in range(t, stop):
                 width = start + len(texts[k])
@@ -67,20 +86,19 @@ def token_rewards(
                 start = width
             if end:
                 rewards[last], mask[last] = logp[-1], True
-        before += text
+        said += text
         t = stop
     return np.where(mask, rewards, 0), mask
 
 
 def sequence_rewards(
-    verifier: EmbeddedVerifier, policy: Any, content: str, ids: list[int], sampled: list[int]
+    verifier: NaiveVerifier, policy: Any, content: str, ids: list[int], sampled: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The mean log-prob of a response's verifier tokens on its last token; all tokens count."""
     assert all(sampled)
     special = {i for i, token in policy.added_tokens_decoder.items() if token.special}
     text = "".join("" if i >= len(policy) or i in special else policy.decode([i]) for i in ids)
-    before = f"<|bos|><|user|>{content}<|assistant|>"
-    _, logp = verifier.logprobs(before, text, end=ids[-1] == policy.eos_token_id)
+    _, logp = verifier.logprobs(content, "", text, end=ids[-1] == policy.eos_token_id)
     rewards = np.zeros(len(ids))
     rewards[-1] = logp.mean()
     return rewards, np.ones(len(ids), dtype=bool)

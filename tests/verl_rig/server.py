@@ -1,7 +1,7 @@
 """A verifier behind HTTP, to be killed: `python -m verl_rig.server PORT`.
 
-STAND-IN for a vLLM server: its protocol, from tests/fake_engines.py, with log-probs of the embedded
-model.
+STAND-IN for a vLLM server: its protocol, from tests/fake_engines.py, with log-probs of a small
+model, that of the trainer's tests.
 """
 
 from __future__ import annotations
@@ -63,11 +63,10 @@ class Server:
 
 
 if __name__ == "__main__":
-    import cme_reward.verifiers
+    from verl_rig.naive import TRAINED
 
     torch.set_num_threads(1)
-    embedded = Path(cme_reward.verifiers.__file__).parent / "embedded"
-    with ModelEngine("vllm", str(embedded), port=int(sys.argv[1])):
+    with ModelEngine("vllm", str(TRAINED), port=int(sys.argv[1])):
         print("ready", flush=True)
         while True:
             time.sleep(3600)

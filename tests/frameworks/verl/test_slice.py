@@ -135,7 +135,7 @@ def test_rewards_and_advantages_are_those_computed_by_hand(config: Any, rollouts
     rm_scores = resolve_reward_manager_cls(config).assemble_rm_scores(
         batch, [out["reward_score"] for out in outputs]
     )
-    verifier = naive.EmbeddedVerifier()
+    verifier = naive.NaiveVerifier()
     expected = [
         naive.token_rewards(
             verifier, rollouts.tokenizer, rollouts.content[i // 2], ids, [1] * len(ids)
@@ -166,7 +166,7 @@ def test_tool_tokens_are_conditioned_on_and_not_scored(config: Any, rollouts: Ro
     masks = [[1] * len(ids) for ids in rollouts.ids]
     masks[0][2:4] = [0, 0]
     first = scores(config, rollouts.batch(masks=masks))[0]["reward_score"]
-    verifier = naive.EmbeddedVerifier()
+    verifier = naive.NaiveVerifier()
     want, _ = naive.token_rewards(
         verifier, rollouts.tokenizer, rollouts.content[0], rollouts.ids[0], masks[0]
     )
@@ -294,17 +294,17 @@ def test_a_tool_call_in_the_chat_template_as_verls_tool_agent_writes_it(
     masks = [mask, *([1] * len(ids) for ids in rollouts.ids[1:])]
     rewards = np.array(scores(config, rollouts.batch(masks=masks))[0]["reward_score"])
     assert not rewards[np.array(mask) == 0].any()
-    verifier = naive.EmbeddedVerifier()
-    before = f"<|bos|><|user|>{rollouts.content[0]}<|assistant|>"
+    verifier = naive.NaiveVerifier()
+    said = ""
     for text, ids, at in (
         (call, turns[0], slice(0, len(turns[0]))),
         (" The answer is 15.", turns[1], slice(len(mask) - len(turns[1]), None)),
     ):
-        _, logp = verifier.logprobs(before, text, end=True)
+        _, logp = verifier.logprobs(rollouts.content[0], said, text, end=True)
         # Sums: where white space is masked, its share is missing from both.
         scored = rewards[at]
         texts = [tokenizer.decode([i]) for i in ids[:-1]]
         assert scored[-1] == pytest.approx(logp[-1], abs=1e-5)
         if all(word.strip() for word in texts):
             assert scored.sum() == pytest.approx(logp.sum(), abs=1e-4)
-        before += f"{text}<|end|><|user|>15<|assistant|>"
+        said += f"{text}<|end|><|user|>15<|assistant|>"

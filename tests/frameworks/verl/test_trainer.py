@@ -26,7 +26,7 @@ from verl_rig.server import Server
 LOOPS = {"actor_rollout_ref.rollout.agent.agent_loop_config_path": str(
     ROOT / "tests" / "verl_rig" / "loops.yaml"
 )}  # fmt: skip
-EXACT = {"verifier": "embedded", "verifier_options": {"dtype": "float64"}}
+EXACT = {"verifier": f"hf:{naive.TRAINED}", "verifier_options": {"dtype": "float64"}}
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def run(folder: Path, config: dict[str, Any], **kwargs: Any) -> Run:
 
 
 def difference(done: Run, policy: Path, rows_per_step: int, score: Any = None) -> float:
-    tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.EmbeddedVerifier()
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    verifier = naive.NaiveVerifier(naive.TRAINED)
 
     def naive_score(content: str, ids: list[int], sampled: list[int]) -> Any:
         return naive.token_rewards(verifier, tokenizer, content, ids, sampled)
@@ -76,7 +77,7 @@ def test_streaming_with_tools_a_reference_policy_and_two_mini_batches(
     assert all("ref_log_prob" in call["rows"] for call in calls)
     # Two mini-batches: the second one's policy is no longer that of the rollouts.
     assert {call["metrics"]["actor/ppo_kl"] != 0 for call in calls} == {True, False}
-    assert done.log.count("cme_reward: verifier embedded") == 1
+    assert done.log.count(f"cme_reward: verifier hf:{naive.TRAINED}") == 1
     assert len(set(re.findall(r"\(Scorer pid=(\d+)\)", done.log))) <= 1
 
     steps = done.steps()
@@ -95,9 +96,10 @@ def test_streaming_with_tools_a_reference_policy_and_two_mini_batches(
 def test_the_sequence_level_with_verls_own_grpo(
     base: dict[str, Any], policy: Path, tmp_path: Path
 ) -> None:
-    done = run(tmp_path / "run", {**base, "cme": {**EXACT, "level": "sequence"}})
+    cme = {**EXACT, "verifier": "embedded", "level": "sequence"}  # always a chat model here
+    done = run(tmp_path / "run", {**base, "cme": cme})
     assert done.status == 0, explain(done)
-    tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.EmbeddedVerifier()
+    tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.NaiveVerifier()
     worst = naive.largest_difference(
         read(done.record),
         16,
@@ -121,7 +123,7 @@ def test_a_colocated_verifier_with_tools_by_verls_own_keys(
         **base,
         **LOOPS,
         "cme": {"verifier": "hosted"},
-        "reward.reward_model.model_path": str(naive.EMBEDDED),
+        "reward.reward_model.model_path": str(naive.TRAINED),
         "reward.reward_model.rollout.name": "vllm",
         "reward.reward_model.rollout.tensor_model_parallel_size": 1,
         "actor_rollout_ref.rollout.agent.default_agent_loop": "tool_text",
@@ -157,7 +159,7 @@ def test_a_verifier_pool_of_its_own_and_two_outputs_per_trajectory(
         **base,
         **LOOPS,
         "cme": {"verifier": "hosted"},
-        "reward.reward_model.model_path": str(naive.EMBEDDED),
+        "reward.reward_model.model_path": str(naive.TRAINED),
         "reward.reward_model.rollout.name": "sglang",
         "reward.reward_model.rollout.tensor_model_parallel_size": 1,
         "reward.reward_model.enable_resource_pool": True,
@@ -171,7 +173,7 @@ def test_a_verifier_pool_of_its_own_and_two_outputs_per_trajectory(
     rows = [row for call in read(done.record) for row in zip(*call["rows"].values(), strict=True)]
     assert len(rows) == 32
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    verifier = naive.EmbeddedVerifier()
+    verifier = naive.NaiveVerifier(naive.TRAINED)
     opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
     tool = tokenizer.encode(" tool says 7", add_special_tokens=False)
     groups, rewards, masks, got = [], [], [], []
