@@ -8,6 +8,9 @@ from pathlib import Path
 
 import nox
 
+# For tests that do not read pyproject.toml: one that hangs ends the run.
+HANGS = ("-o", "faulthandler_timeout=300", "-o", "faulthandler_exit_on_timeout=true")
+
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests"]
 
@@ -60,11 +63,13 @@ def verl(session: nox.Session) -> None:
     if session.posargs:
         return
     # veRL's own tests, which come with its source alone, with the plugin installed.
-    folder = session.create_tmp()
+    # Not in nox's temporary folder: Ray does not start in a folder inside an environment.
+    folder = session.cache_dir / "verl"
     session.run("python", "-m", "pip", "download", "--no-deps", "--no-binary", "verl",
-                "-c", constraints, "-d", folder, "verl")  # fmt: skip
-    (source,) = Path(folder).glob("verl-*.tar.gz")
-    session.run("python", "-m", "verl_rig.peer", str(source), env={"PYTHONPATH": "tests"})
+                "-c", constraints, "-d", str(folder), "verl")  # fmt: skip
+    (source,) = folder.glob("verl-*.tar.gz")
+    peer = ("python", "-m", "verl_rig.peer", str(source), *HANGS)
+    session.run(*peer, env={"PYTHONPATH": "tests"})
 
 
 OPENRLHF_NEEDS = (
@@ -89,9 +94,11 @@ def openrlhf(session: nox.Session) -> None:
         return
     session.run("pytest", "-W", "default", folder, env=offline)
     for version in ("0.9.1", "0.10.4"):
-        older = f"{session.create_tmp()}/{version}"
+        older = str(session.cache_dir / "openrlhf" / version)
         wanted = f"openrlhf=={version}"
-        session.run("python", "-m", "pip", "install", "-q", "--no-deps", "-t", older, wanted)
+        session.run(
+            "python", "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "-t", older, wanted
+        )
         environ = {**offline, "PYTHONPATH": older, "OPENRLHF_VERSION": version}
         session.run("pytest", "-W", "default", f"{folder}/test_contract.py", env=environ)
     # OpenRLHF's own tests come with it.
@@ -101,4 +108,4 @@ def openrlhf(session: nox.Session) -> None:
     own = str(session.run("python", "-c", find, silent=True)).strip()
     stand_ins = str(Path("tests/openrlhf_rig/site").resolve())
     environ = {**offline, "PYTHONPATH": stand_ins, "DS_ACCELERATOR": "cpu"}
-    session.run("pytest", "-q", "-c", os.devnull, "--rootdir", own, own, env=environ)
+    session.run("pytest", "-q", *HANGS, "-c", os.devnull, "--rootdir", own, own, env=environ)

@@ -78,19 +78,18 @@ def recorded_loss(module: Any) -> None:
         module.ppo_loss = recorded(module.ppo_loss)
 
 
-def profiled(module: Any) -> None:
-    from verl_rig import overhead
+def instant_verifier(module: Any) -> None:
+    from verl_rig.overhead import InstantVerifier
 
     if os.environ.get("VERL_RIG_OVERHEAD"):
-        overhead.profile(module)
+        module.load_verifier = InstantVerifier
 
 
 sys.meta_path.insert(
     0,
     AfterImport(
         {
-            "cme_reward._verl_reward": profiled,
-            "cme_reward._verl_advantages": profiled,
+            "cme_reward._verl_scorer": instant_verifier,
             "verl.workers.engine.fsdp.transformer_impl": fsdp_on_cpu,
             "verl.workers.rollout.base": rollout_worker,
             "verl.workers.rollout.replica": rollout_replica,

@@ -1,27 +1,33 @@
 """What the adapter costs at the paper's shapes: `python -m verl_rig.overhead FOLDER`, from tests/.
 
-veRL's real trainer on 16 prompts x 8 responses x 2,048 tokens. Rollouts are random ids and the
-verifier does not count, so that what is left of the reward is the adapter. Measured is CPU time: in
-the trainer, of the whole reward worker (an upper bound: unpacking what Ray brings is in it) and of
-the estimator; without it, of what the actor and the agent loop worker do with the same rows.
+veRL's real trainer on 16 prompts x 8 responses x 2,048 tokens, all of its processes sampled by
+py-spy (`pip install py-spy`) from the end of the first step on. Rollouts are random ids, and the
+verifier answers without a forward pass. The adapter's are all samples of the process that holds the
+verifier, and in other processes those whose innermost frame of cme_reward or veRL is cme_reward's.
 """
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import functools
 import json
 import os
+import re
+import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-WHOLE_PROCESS = {"CMEReward": "run_single"}
-ROWS, TOKENS = 128, 2048
+RATE = 100  # samples a second
+STEPS = 4
+PACKAGE = re.compile(r"(?:^|[ (/])(cme_reward|verl)/")
+VERIFIER = "(verl_rig/overhead.py:"
+# py-spy takes a thread that waits for work of a C queue for a busy one.
+WAITING = re.compile(r"^_worker \(concurrent/futures/thread.py:\d+\)$")
 
 
 class InstantVerifier:
@@ -41,140 +47,65 @@ class InstantVerifier:
         return [np.full(len(response), -1.5, np.float32) for response in responses]
 
 
-def profile(module: Any) -> None:
-    """Wrap what a module of the adapter defines; times go to `VERL_RIG_OVERHEAD`."""
-    for name, method in WHOLE_PROCESS.items():
-        if name in vars(module) and vars(module)[name].__module__ == module.__name__:
-            _wrap_process(vars(module)[name], method)
-    if module.__name__.endswith("advantages"):
-        from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY as registry
-
-        registry["cme_grpo"] = _timed(module.cme_grpo, "cme_grpo")
-
-
-def _write(what: str, seconds: float, *, total: bool) -> None:
-    path = Path(os.environ["VERL_RIG_OVERHEAD"]) / f"{os.getpid()}.jsonl"
-    with path.open("a") as file:
-        file.write(json.dumps({"what": what, "cpu": seconds, "total": total}) + "\n")
-
-
-def _wrap_process(owner: Any, method: str) -> None:
-    original = getattr(owner, method)
-
-    @functools.wraps(original)
-    async def measured(self: Any, *args: Any) -> Any:
-        result = await original(self, *args)
-        _write(owner.__name__, time.process_time(), total=True)
-        return result
-
-    setattr(owner, method, measured)
-
-
-def _timed(function: Any, what: str) -> Any:
-    @functools.wraps(function)
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        started = time.thread_time()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _write(what, time.thread_time() - started, total=False)
-
-    return measured
-
-
-def without_a_trainer(policy: Path) -> dict[str, float]:
-    """CPU seconds of the actor's work and of the agent loop worker's notes, for one step.
-
-    Ray starts these processes before the rig can reach into them, so they are called here.
-    """
-    import asyncio
-    from types import SimpleNamespace
-
-    from transformers import AutoTokenizer
-
-    from cme_reward import _verl_scorer
-    from cme_reward._verl_launch import compose, expand
-    from cme_reward._verl_outputs import describe
-
-    _verl_scorer.load_verifier = InstantVerifier  # type: ignore[assignment]
-    settings = {
-        "reward_fn": "cme_reward.verl:CMEReward",
-        "cme": {"verifier": "embedded"},
-        "actor_rollout_ref": {"model": {"path": str(policy)}, "rollout": {"name": "hfcpu"}},
-    }
-    scorer = _verl_scorer.Scorer(compose(expand(settings)))
-    assert len(AutoTokenizer.from_pretrained(policy)) > 380
-    ids = np.random.default_rng(0).integers(3, 380, (ROWS, TOKENS)).tolist()
-    requests = [
-        _verl_scorer.Request(
-            prompt=[{"role": "user", "content": f"{i // 8} plus 1 equals"}],
-            ids=row,
-            mask=[1] * TOKENS,
-        )
-        for i, row in enumerate(ids)
-    ]
-
-    async def score(some: Any) -> None:
-        await asyncio.gather(*(scorer.score(request) for request in some))
-
-    asyncio.run(score(requests[:8]))
-    started = time.process_time()
-    asyncio.run(score(requests))
-    scored = time.process_time()
-    for row in ids:
-        output = SimpleNamespace(
-            prompt_ids=[1] * 30,
-            response_ids=row,
-            response_mask=[1] * TOKENS,
-            response_logprobs=None,
-            multi_modal_data=None,
-            extra_fields={},
-        )
-        json.dumps(describe([output], validate=False, logprobs=False))
-    return {"Scorer": scored - started, "CMEAgentLoopWorker": time.process_time() - scored}
+def adapter_samples(lines: Iterable[str]) -> tuple[Counter[str], int]:
+    """Samples of the adapter by process, and of everything, from py-spy's raw format."""
+    ours: Counter[str] = Counter()
+    total = 0
+    for line in lines:
+        stack, _, n = line.rstrip().rpartition(" ")
+        process, *frames = stack.split(";")
+        if not frames or WAITING.match(frames[-1]):
+            continue
+        total += int(n)
+        if any(VERIFIER in frame for frame in frames):
+            continue
+        inner = next((m[1] for frame in reversed(frames) if (m := PACKAGE.search(frame))), "")
+        if "ray::Scorer" in process or inner == "cme_reward":
+            kind = re.search(r"ray::(\w+)", process)
+            ours[kind[1] if kind else "driver"] += int(n)
+    return ours, total
 
 
 def main() -> int:
     from verl_rig.models import make_policy, make_prompts
     from verl_rig.run import finish, settings, start
 
-    folder, steps = Path(sys.argv[1]), 4
-    times = folder / "times"
-    times.mkdir(parents=True)
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True)
     policy = make_policy(folder / "policy", max_length=4096)
     data = make_prompts(folder / "prompts.parquet", n=16)
     config = {
         "reward_fn": "cme_reward.verl:CMEReward",
         "cme": {"verifier": "embedded"},
-        **settings(policy, data, steps),
+        **settings(policy, data, STEPS),
         "data.train_batch_size": 16,
         "data.max_response_length": 2048,
         "actor_rollout_ref.rollout.n": 8,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 16,
     }
-    os.environ |= {"VERL_RIG_SCRIPTED": "1", "VERL_RIG_OVERHEAD": str(times)}
-    done = finish(start(folder / "run", config), folder / "run", seconds=3000)
-    seconds: dict[str, float] = defaultdict(float)
-    for path in times.glob("*.jsonl"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for row in rows:
-            if not row["total"]:
-                seconds[row["what"]] += row["cpu"] / steps
-        for what in {row["what"] for row in rows if row["total"]}:
-            totals = [row["cpu"] for row in rows if row["what"] == what]
-            # The first entry comes after the imports and the first response's work.
-            seconds[what] += (totals[-1] - totals[0]) / ((len(totals) - 1) / ROWS)
-    seconds |= without_a_trainer(policy)
+    os.environ |= {"VERL_RIG_SCRIPTED": "1", "VERL_RIG_OVERHEAD": "1"}
+    process = start(folder / "run", config)
+    log, raw = folder / "run" / "log.txt", folder / "profile.txt"
+    while process.poll() is None and "step:1 -" not in log.read_text():
+        time.sleep(1)
+    spy = [str(Path(sys.executable).with_name("py-spy")), "record", "--subprocesses"]
+    options = [f"--pid={process.pid}", f"--rate={RATE}", "--format=raw", f"--output={raw}"]
+    profiler = subprocess.Popen([*spy, *options])
+    done = finish(process, folder / "run", seconds=3000)
+    profiler.wait(120)
     logged = done.steps()[1:]
-    step = float(np.mean([s["timing_s/step"] for s in logged]))
-    total = sum(seconds.values())
+    steps = sum(step["timing_s/step"] for step in logged)
+    ours, total = adapter_samples(raw.read_text().splitlines())
     report = {
-        "cpu_seconds_a_step": {what: round(value, 4) for what, value in sorted(seconds.items())},
-        "adapter_seconds": round(total, 3),
-        "step_seconds": round(step, 2),
-        "share": round(total / step, 5),
-        "alignment_seconds": [round(s["cme/alignment_seconds"], 3) for s in logged],
-        "tokens": [s["response_length/mean"] * s["cme/responses"] for s in logged],
+        "steps": len(logged),
+        "responses_and_tokens_a_step": [logged[-1]["cme/responses"], 128 * 2048],
+        "step_seconds": round(steps / len(logged), 2),
+        "busy_seconds_a_step": round(total / RATE / len(logged), 2),
+        "adapter_seconds_a_step": {
+            name: round(n / RATE / len(logged), 3) for name, n in ours.most_common()
+        },
+        "share_of_step_time": round(sum(ours.values()) / RATE / steps, 5),
+        "share_of_busy_time": round(sum(ours.values()) / total, 5),
         "timing": {k: round(v, 2) for k, v in logged[-1].items() if k.startswith("timing_s/")},
     }
     print(json.dumps(report, indent=1))

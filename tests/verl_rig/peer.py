@@ -1,4 +1,4 @@
-"""veRL's own CPU tests in this environment: `python -m verl_rig.peer VERL.tar.gz`, from tests/.
+"""veRL's own CPU tests here: `python -m verl_rig.peer VERL.tar.gz [PYTEST OPTIONS]`, from tests/.
 
 They come with veRL's source distribution, and look for the package beside themselves.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    (source,) = sys.argv[1:]
+    source, *options = sys.argv[1:]
     spec = find_spec("verl")
     assert spec is not None
     assert spec.origin is not None
@@ -32,7 +32,7 @@ def main() -> int:
         environ.pop("VERL_USE_EXTERNAL_MODULES", None)
         # Not this project's settings, where the temporary folder lies in it.
         settings = ["-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", "-q", *settings, *files]
+        command = [sys.executable, "-m", "pytest", "-q", *settings, *options, *files]
         return subprocess.run(command, cwd=folder, env=environ).returncode
 
 
