@@ -20,7 +20,7 @@ from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
 from cme_reward.errors import InputError
 from cme_reward.prompts import EnvironmentReader, Prompt, PromptFormat
-from cme_reward.scoring import MemberScorer, SegmentScores
+from cme_reward.scoring import MemberScorer, SegmentScores, without_blocking
 from cme_reward.segments import Segment, split_turns
 from cme_reward.spans import SpanTable
 from cme_reward.verifiers.base import Verifier
@@ -120,18 +120,19 @@ class CrossModelEntropy:
     ) -> CMEBatch:
         """The same for coroutines: rollouts are scored while others are still being generated.
 
-        The event loop is never blocked, and any number of calls may be in progress. Calls that
-        wait for a verifier of this process go into its next forward passes together; to bound
-        these, make the verifier a `BatchingVerifier`. A cancelled call is not scored if the
-        verifier has not begun with it.
+        The event loop waits a millisecond or two at most: longer responses are read and aligned in
+        threads. Any number of calls may be in progress. Those that wait for a verifier of this
+        process go into its next forward passes together; to bound these, make the verifier a
+        `BatchingVerifier`. A cancelled call is not scored if the verifier has not begun with it.
         """
-        call = await asyncio.to_thread(
-            self._prepared, prompts, response_ids, response_masks, policy_logprobs
+        n_tokens = _n_tokens(response_ids)
+        call = await without_blocking(
+            n_tokens, self._prepared, prompts, response_ids, response_masks, policy_logprobs
         )
         scores = await asyncio.gather(
             *(member.score_async(call.segments) for member in self.members)
         )
-        return await asyncio.to_thread(self._finished, call, scores)
+        return await without_blocking(n_tokens, self._finished, call, scores)
 
     def _prepared(
         self, prompts: Sequence[Prompt], response_ids: Any, response_masks: Any, policy: Any
@@ -180,3 +181,10 @@ class CrossModelEntropy:
                 )
             policy = flat_like(policy, offsets, "policy_logprobs").astype(np.float64)
         return split(flat_ids, offsets), masks, policy if self.config.baseline == "policy" else None
+
+
+def _n_tokens(response_ids: Any) -> int:
+    try:
+        return sum(map(len, response_ids))
+    except TypeError:  # what is wrong with them is said where they are read
+        return 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from cme_reward.verifiers.base import TokenIds, Verifier
 from cme_reward.verifiers.batching import BatchingVerifier
 
 Float64 = NDArray[np.float64]
+T = TypeVar("T")
+AT_ONCE = 1024
+"""Tokens for which the event loop can wait: about a millisecond."""
 RENDERED_PROMPTS = 2048
 """Most prompts that are remembered with their ids: as many as are in the works at a time."""
 
@@ -111,11 +114,12 @@ class MemberScorer:
 
     async def score_async(self, segments: Sequence[Segment]) -> SegmentScores:
         """`score` without blocking the event loop; calls that wait together are merged."""
-        question = await asyncio.to_thread(self.question, segments)
+        n_tokens = sum(s.stop - s.start for s in segments)
+        question = await without_blocking(n_tokens, self.question, segments)
         started = time.perf_counter()
         answers = await self._shared.logprobs_async(*question.arguments)
         seconds = time.perf_counter() - started
-        return await asyncio.to_thread(self.scores, question, answers, seconds)
+        return await without_blocking(n_tokens, self.scores, question, answers, seconds)
 
     @cached_property
     def _shared(self) -> Any:
@@ -228,6 +232,13 @@ class MemberScorer:
             floor = self.config.logprob_floor
             logprobs[k] = row if floor is None else np.maximum(row, floor)
         return logprobs
+
+
+async def without_blocking(n_tokens: int, function: Callable[..., T], *args: Any) -> T:
+    """The function's result; in a thread, where so many tokens take longer than to wake one."""
+    if n_tokens <= AT_ONCE:
+        return function(*args)
+    return await asyncio.to_thread(function, *args)
 
 
 def _place(

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 RATE = 100  # samples a second
-STEPS = 4
+STEPS = 3
 PACKAGE = re.compile(r"(?:^|[ (/])(cme_reward|verl)/")
 VERIFIER = "(verl_rig/overhead.py:"
 # py-spy takes a thread that waits for work of a C queue for a busy one.
