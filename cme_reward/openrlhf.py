@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cme_reward._openrlhf_install import install
+from cme_reward._openrlhf.install import install
 
 if TYPE_CHECKING:
-    from cme_reward._openrlhf_agent import AgentExecutor, MultiTurnAgentExecutor
-    from cme_reward._openrlhf_launch import main
-    from cme_reward._openrlhf_reward import reward_func
+    from cme_reward._openrlhf.agent import AgentExecutor, MultiTurnAgentExecutor
+    from cme_reward._openrlhf.launch import main
+    from cme_reward._openrlhf.reward import reward_func
 
 __all__ = ["AgentExecutor", "MultiTurnAgentExecutor", "install", "main", "reward_func"]
 
 _MODULES = {
-    "AgentExecutor": "_openrlhf_agent",
-    "MultiTurnAgentExecutor": "_openrlhf_agent",
-    "main": "_openrlhf_launch",
-    "reward_func": "_openrlhf_reward",
+    "AgentExecutor": "agent",
+    "MultiTurnAgentExecutor": "agent",
+    "main": "launch",
+    "reward_func": "reward",
 }
 
 
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f"cme_reward.{_MODULES[name]}"), name)
+        return getattr(import_module(f"cme_reward._openrlhf.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
         if error.name != "openrlhf":
             raise
@@ -43,6 +43,6 @@ def __getattr__(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    from cme_reward._openrlhf_launch import main
+    from cme_reward._openrlhf.launch import main
 
     main()

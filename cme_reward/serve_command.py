@@ -104,7 +104,7 @@ def serve(
     """
     err = stderr()
     with clean_errors(err):
-        from cme_reward._server_settings import TOKEN_VARIABLE, ServerSettings, check_host
+        from cme_reward._server.settings import TOKEN_VARIABLE, ServerSettings, check_host
         from cme_reward.loading import (
             configuration,
             load_tokenizer,
@@ -125,7 +125,7 @@ def serve(
         )
         check_host(host, limits.token, allow_anonymous)
         try:
-            from cme_reward._server_run import bind, run
+            from cme_reward._server.run import bind, run
             from cme_reward.server import create_app
         except ModuleNotFoundError as error:
             if error.name not in ("fastapi", "uvicorn", "h11", "prometheus_client"):

@@ -25,10 +25,10 @@ try:
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse, Response
 
-    from cme_reward._server_errors import HANDLERS, REFUSALS
-    from cme_reward._server_gate import Gate, GateState
-    from cme_reward._server_metrics import MeteredVerifier, ServerMetrics
-    from cme_reward._server_models import (
+    from cme_reward._server.errors import HANDLERS, REFUSALS
+    from cme_reward._server.gate import Gate, GateState
+    from cme_reward._server.metrics import MeteredVerifier, ServerMetrics
+    from cme_reward._server.models import (
         Health,
         RewardReply,
         RewardRequest,
@@ -36,7 +36,7 @@ try:
         ScoreRequest,
         plain_messages,
     )
-    from cme_reward._server_settings import ServerSettings
+    from cme_reward._server.settings import ServerSettings
 except ModuleNotFoundError as error:
     if error.name not in ("fastapi", "prometheus_client"):
         raise

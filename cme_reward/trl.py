@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from cme_reward._pieces import special_ids
-from cme_reward._trl_reward import RewardFunction, cme_reward_func, score
-from cme_reward._trl_settings import check_settings, check_tokenizer
+from cme_reward._trl.reward import RewardFunction, cme_reward_func, score
+from cme_reward._trl.settings import check_settings, check_tokenizer
 from cme_reward.advantages import group_advantages
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators import PolicyStatistics, needed_statistics, policy_statistics

@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before veRL is imported, which takes seconds
-    from cme_reward._verl_launch import main
+    from cme_reward._verl.launch import main
 
     raise SystemExit(main())
 
-from cme_reward._verl_settings import check_version
+from cme_reward._verl.settings import check_version
 
 try:
     check_version()
-    from cme_reward._verl_advantages import cme_grpo
-    from cme_reward._verl_loop import CMEAgentLoopManager
-    from cme_reward._verl_reward import CMEReward, compute_score
+    from cme_reward._verl.advantages import cme_grpo
+    from cme_reward._verl.loop import CMEAgentLoopManager
+    from cme_reward._verl.reward import CMEReward, compute_score
 except ModuleNotFoundError as error:
     if error.name not in ("verl", "ray", "transfer_queue", "cachetools"):
         raise

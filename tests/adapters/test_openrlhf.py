@@ -24,13 +24,13 @@ from stubs import TableVerifier
 
 import cme_reward
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError, load_verifier
-from cme_reward import _openrlhf_checks as checks
-from cme_reward import _openrlhf_launch as launch
-from cme_reward import _openrlhf_reward as reward_module
 from cme_reward import openrlhf as adapter
-from cme_reward._openrlhf_score import action_ids, in_unit_interval, score_rollout
-from cme_reward._openrlhf_settings import Settings, load_settings, variables
-from cme_reward._openrlhf_verifier import open_verifier
+from cme_reward._openrlhf import checks as checks
+from cme_reward._openrlhf import launch as launch
+from cme_reward._openrlhf import reward as reward_module
+from cme_reward._openrlhf.score import action_ids, in_unit_interval, score_rollout
+from cme_reward._openrlhf.settings import Settings, load_settings, variables
+from cme_reward._openrlhf.verifier import open_verifier
 
 ROOT = Path(__file__).parent.parent.parent
 ASK = [{"role": "user", "content": "What is 2 + 3?"}]

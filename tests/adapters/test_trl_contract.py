@@ -17,7 +17,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-from cme_reward._trl_settings import DETACHED_LOSSES, TOKEN_LOSSES, check_settings
+from cme_reward._trl.settings import DETACHED_LOSSES, TOKEN_LOSSES, check_settings
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError
 

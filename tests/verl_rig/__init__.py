@@ -78,18 +78,10 @@ def recorded_loss(module: Any) -> None:
         module.ppo_loss = recorded(module.ppo_loss)
 
 
-def instant_verifier(module: Any) -> None:
-    from verl_rig.overhead import InstantVerifier
-
-    if os.environ.get("VERL_RIG_OVERHEAD"):
-        module.load_verifier = InstantVerifier
-
-
 sys.meta_path.insert(
     0,
     AfterImport(
         {
-            "cme_reward._verl_scorer": instant_verifier,
             "verl.workers.engine.fsdp.transformer_impl": fsdp_on_cpu,
             "verl.workers.rollout.base": rollout_worker,
             "verl.workers.rollout.replica": rollout_replica,

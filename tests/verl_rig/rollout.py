@@ -7,6 +7,7 @@ import asyncio
 import os
 import zlib
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,16 @@ class Generator:
     """Samples token by token. Rollouts are the same in every run, in whatever order they come."""
 
     def __init__(self, path: str, config: Any) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         torch.set_num_threads(1)
         self.config, self.global_steps = config, 0
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.seen: Counter[tuple[int, ...]] = Counter()
+        documents = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+        text = "\n".join(document.read_text(encoding="utf-8") for document in documents)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.script: list[int] = tokenizer.encode(text, add_special_tokens=False)
 
     async def generate(
         self, prompt_ids: Any, sampling_params: dict[str, Any], **_: Any
@@ -37,7 +42,8 @@ class Generator:
         temperature = sampling_params.get("temperature", 1.0)
         limit = sampling_params.get("max_tokens") or self.config.response_length
         if os.environ.get("VERL_RIG_SCRIPTED"):  # as long as can be, and at no cost
-            words = torch.randint(3, 380, (limit,), generator=random).tolist()
+            at = int(torch.randint(len(self.script) - limit, (1,), generator=random))
+            words = self.script[at : at + limit]
             return self._output(words, [0.0] * limit, sampling_params)
         ids, logprobs, past, shown = [], [], None, torch.tensor([prompt])
         while len(ids) < limit:

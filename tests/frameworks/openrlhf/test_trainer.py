@@ -145,8 +145,8 @@ def test_the_launcher_refuses_before_anything_starts(rig: Any) -> None:
 
 SHARED = """
 import ray
-from cme_reward._openrlhf_settings import Settings
-from cme_reward._openrlhf_verifier import open_verifier
+from cme_reward._openrlhf.settings import Settings
+from cme_reward._openrlhf.verifier import open_verifier
 
 @ray.remote
 class Rollouts:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from cme_reward import ConfigError, _verl_settings
-from cme_reward._verl_settings import SUMMING, EstimatorSettings, RewardSettings, check_settings
+from cme_reward import ConfigError
+from cme_reward._verl import settings
+from cme_reward._verl.settings import SUMMING, EstimatorSettings, RewardSettings, check_settings
 
 TOKEN = "credit per token is lost"
 REFUSED = [
@@ -102,15 +103,15 @@ def test_accepted(config: Any, changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("found", ["0.8.0", "0.10.0", "1.0.0", "0.7.1.dev3"])
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(_verl_settings, "version", lambda name: found)
+    monkeypatch.setattr(settings, "version", lambda name: found)
     with pytest.raises(ConfigError, match=rf"veRL {found} is outside .* >= 0\.9, < 0\.10"):
-        _verl_settings.check_version()
+        settings.check_version()
 
 
 @pytest.mark.parametrize("found", ["0.9.0", "0.9.1", "0.9.3.dev0"])
 def test_tested_versions_are_not(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(_verl_settings, "version", lambda name: found)
-    _verl_settings.check_version()
+    monkeypatch.setattr(settings, "version", lambda name: found)
+    settings.check_version()
 
 
 def test_settings_reach_where_they_are_used(config: Any) -> None:

@@ -21,8 +21,9 @@ from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl_rig import naive
 
-from cme_reward import ConfigError, InputError, _verl_reward
-from cme_reward._verl_outputs import KEY, attach, describe, detach
+from cme_reward import ConfigError, InputError
+from cme_reward._verl import reward as reward_module
+from cme_reward._verl.outputs import KEY, attach, describe, detach
 
 TEXTS = ["7 plus 8 equals 15.", " The answer is 3", "\n\n 4 apples", "15"]
 
@@ -116,9 +117,9 @@ def test_the_handle_that_keeps_the_scorer_alive_is_kept(
         await asyncio.sleep(0.01)  # long enough for all to have asked
 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(_verl_reward, "scorer_actor", lambda *_: Handle())
-    monkeypatch.setattr(_verl_reward, "ready", ready)
-    manager = _verl_reward.CMEReward(config, rollouts.tokenizer)
+    monkeypatch.setattr(reward_module, "scorer_actor", lambda *_: Handle())
+    monkeypatch.setattr(reward_module, "ready", ready)
+    manager = reward_module.CMEReward(config, rollouts.tokenizer)
     batch = rollouts.batch()
 
     async def main() -> None:

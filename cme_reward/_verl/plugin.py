@@ -1,3 +1,3 @@
 """What veRL's plugin entry point loads, in every process: it registers the estimator."""
 
-import cme_reward._verl_advantages  # noqa: F401
+import cme_reward._verl.advantages  # noqa: F401

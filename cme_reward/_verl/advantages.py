@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from cme_reward._verl_channel import read_mask
-from cme_reward._verl_metrics import note
-from cme_reward._verl_settings import EstimatorSettings, refuse_kl_in_reward
+from cme_reward._verl.channel import read_mask
+from cme_reward._verl.metrics import note
+from cme_reward._verl.settings import EstimatorSettings, refuse_kl_in_reward
 from cme_reward.advantages import group_advantages
 from cme_reward.errors import InputError
 
@@ -48,7 +48,7 @@ def cme_grpo(
     settings = EstimatorSettings.from_algorithm(config)
     sampled_BT = response_mask.bool()
     if torch.isnan(token_level_rewards).any():
-        from cme_reward._verl_scorer import failure
+        from cme_reward._verl.scorer import failure
 
         raise failure()
     if index is None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from openrlhf.utils import agent as base  # type: ignore
 
-from cme_reward._openrlhf_score import make_scorer, prompt_of, score_rollout
-from cme_reward._openrlhf_settings import load_settings
-from cme_reward._openrlhf_verifier import open_verifier
+from cme_reward._openrlhf.score import make_scorer, prompt_of, score_rollout
+from cme_reward._openrlhf.settings import load_settings
+from cme_reward._openrlhf.verifier import open_verifier
 from cme_reward._rendered import RenderedReader
 from cme_reward.errors import ConfigError
 

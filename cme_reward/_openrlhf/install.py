@@ -30,7 +30,7 @@ def install() -> None:
 
 
 def _patch(module: ModuleType) -> None:
-    from cme_reward._openrlhf_trainer import patch
+    from cme_reward._openrlhf.trainer import patch
 
     patch(module)
 

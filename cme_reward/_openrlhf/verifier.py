@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cme_reward._openrlhf_settings import Settings
+from cme_reward._openrlhf.settings import Settings
 from cme_reward.errors import VerifierError
 from cme_reward.verifiers import Ensemble, Verifier, load_verifier
 from cme_reward.verifiers.base import TokenIds

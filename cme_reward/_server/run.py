@@ -14,8 +14,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cme_reward._server_gate import GateState
-from cme_reward._server_settings import ServerSettings
+from cme_reward._server.gate import GateState
+from cme_reward._server.settings import ServerSettings
 from cme_reward.errors import ConfigError
 
 logger = logging.getLogger("cme_reward.server")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from cme_reward._verl_outputs import KEY, detach, digest
-from cme_reward._verl_scorer import Request, Scorer, ready, scorer_actor
-from cme_reward._verl_settings import check_settings
+from cme_reward._verl.outputs import KEY, detach, digest
+from cme_reward._verl.scorer import Request, Scorer, ready, scorer_actor
+from cme_reward._verl.settings import check_settings
 from cme_reward.errors import CMEError, InputError, VerifierError
 
 
@@ -61,7 +61,7 @@ class CMEReward(RewardManagerBase):
 
         Returns:
             `reward_score`: a reward per token of the response in nats, +0.0 where masked (see
-            `_verl_channel.write_rewards`); at the sequence level on the last sampled token alone.
+            `channel.write_rewards`); at the sequence level on the last sampled token alone.
             `reward_extra_info`: numbers that veRL logs in validation.
 
         Raises:

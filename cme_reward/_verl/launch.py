@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cme_reward._verl_settings import ESTIMATOR_KEYS, MANAGER, check_settings, check_version
+from cme_reward._verl.settings import ESTIMATOR_KEYS, MANAGER, check_settings, check_version
 from cme_reward.errors import CMEError, ConfigError
 
 MAIN = "verl.trainer.main_ppo"

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cme_reward._openrlhf_checks import FLAT, check_arguments, flag, version
-from cme_reward._openrlhf_settings import PREFIX, load_settings, variables
+from cme_reward._openrlhf.checks import FLAT, check_arguments, flag, version
+from cme_reward._openrlhf.settings import PREFIX, load_settings, variables
 from cme_reward.errors import ConfigError
 
 HOOK = "cme_reward.openrlhf.install"

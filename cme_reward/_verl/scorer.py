@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from cme_reward._pieces import special_ids
-from cme_reward._verl_channel import write_rewards
-from cme_reward._verl_metrics import BusyClock, Tally
-from cme_reward._verl_settings import RewardSettings
+from cme_reward._verl.channel import write_rewards
+from cme_reward._verl.metrics import BusyClock, Tally
+from cme_reward._verl.settings import RewardSettings
 from cme_reward.errors import CMEError, ConfigError, VerifierError
 from cme_reward.prompts import Prompt
 from cme_reward.reward import CrossModelEntropy

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from cme_reward._openrlhf_checks import KEY, argument, check_arguments
-from cme_reward._openrlhf_settings import load_settings
+from cme_reward._openrlhf.checks import KEY, argument, check_arguments
+from cme_reward._openrlhf.settings import load_settings
 from cme_reward.advantages import group_advantages
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError, InputError

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cme_reward._openrlhf_checks import KEY
-from cme_reward._openrlhf_settings import Settings
+from cme_reward._openrlhf.checks import KEY
+from cme_reward._openrlhf.settings import Settings
 from cme_reward._pieces import special_ids
 from cme_reward._rendered import RenderedReader, messages_from_label
 from cme_reward.batch import CMEBatch

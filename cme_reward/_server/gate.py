@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from cme_reward._server_errors import log_refusal
-from cme_reward._server_metrics import ServerMetrics
-from cme_reward._server_settings import ServerSettings
+from cme_reward._server.errors import log_refusal
+from cme_reward._server.metrics import ServerMetrics
+from cme_reward._server.settings import ServerSettings
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

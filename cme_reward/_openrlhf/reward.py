@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from cme_reward._openrlhf_score import in_unit_interval, make_scorer, metrics_of, prompt_of
-from cme_reward._openrlhf_settings import load_settings
-from cme_reward._openrlhf_verifier import open_verifier
+from cme_reward._openrlhf.score import in_unit_interval, make_scorer, metrics_of, prompt_of
+from cme_reward._openrlhf.settings import load_settings
+from cme_reward._openrlhf.verifier import open_verifier
 from cme_reward._rendered import RenderedReader
 from cme_reward.errors import ConfigError
 from cme_reward.loading import load_tokenizer

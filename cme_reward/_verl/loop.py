@@ -15,10 +15,10 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tracking import Tracking
 
-from cme_reward._verl_metrics import log_along
-from cme_reward._verl_outputs import KEY, attach, describe
-from cme_reward._verl_scorer import actor_metrics, ready, scorer_actor
-from cme_reward._verl_settings import RewardSettings, check_settings
+from cme_reward._verl.metrics import log_along
+from cme_reward._verl.outputs import KEY, attach, describe
+from cme_reward._verl.scorer import actor_metrics, ready, scorer_actor
+from cme_reward._verl.settings import RewardSettings, check_settings
 from cme_reward.errors import InputError, VerifierError
 
 _validating: ContextVar[bool] = ContextVar("validating", default=False)

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from cme_reward._server_models import ChatMessage, Refusal, ScoreRequest
+from cme_reward._server.models import ChatMessage, Refusal, ScoreRequest
 from cme_reward.errors import CMEError, VerifierError
 
 logger = logging.getLogger("cme_reward.server")

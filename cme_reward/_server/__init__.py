@@ -1,0 +1,1 @@
+"""What `cme_reward.server` is made of."""

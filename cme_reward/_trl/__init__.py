@@ -1,0 +1,1 @@
+"""What `cme_reward.trl` is made of."""

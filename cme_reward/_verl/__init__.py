@@ -1,0 +1,1 @@
+"""What `cme_reward.verl` is made of."""
