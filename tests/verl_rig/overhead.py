@@ -1,9 +1,9 @@
 """What the adapter costs at the paper's shapes: `python -m verl_rig.overhead FOLDER`, from tests/.
 
 veRL's real trainer on 16 prompts x 8 responses x 2,048 tokens of English, its processes sampled by
-py-spy (`pip install py-spy`) from the end of the first step on. The adapter's are all samples of the
-process that holds the verifier but those in its forward passes, and in other processes the samples
-whose innermost frame of cme_reward or veRL is cme_reward's.
+py-spy (`pip install py-spy`) from the end of the first step on. The adapter's are all samples of
+the process that holds the verifier but those in its forward passes, and in other processes the
+samples whose innermost frame of cme_reward or veRL is cme_reward's.
 """
 
 # pyright: reportMissingImports=false
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,10 +30,10 @@ WAITING = re.compile(
 )
 
 
-def seconds_by_process(lines: Iterable[str]) -> tuple[Counter[str], Counter[str]]:
+def seconds_by_process(lines: Iterable[str]) -> tuple[dict[str, float], dict[str, float]]:
     """The adapter's and all busy seconds of each kind of process, from py-spy's raw format."""
-    adapter: Counter[str] = Counter()
-    busy: Counter[str] = Counter()
+    adapter: defaultdict[str, float] = defaultdict(float)
+    busy: defaultdict[str, float] = defaultdict(float)
     for line in lines:
         stack, _, n = line.rstrip().rpartition(" ")
         seconds = int(n) / RATE
@@ -89,8 +89,8 @@ def main() -> int:
         "responses_a_step": logged[-1]["cme/responses"],
         "tokens_a_response": logged[-1]["response_length/mean"],
         "step_seconds": round(steps / len(logged), 1),
-        "busy_seconds_a_step": {k: round(s / len(logged), 1) for k, s in busy.most_common(8)},
-        "adapter_seconds_a_step": {k: round(s / len(logged), 2) for k, s in adapter.most_common()},
+        "busy_seconds_a_step": {k: round(s / len(logged), 1) for k, s in busy.items()},
+        "adapter_seconds_a_step": {k: round(s / len(logged), 2) for k, s in adapter.items()},
         "adapter_of_step_time": round(sum(adapter.values()) / steps, 4),
         "timing": {k: round(v, 1) for k, v in logged[-1].items() if k.startswith("timing_s/")},
     }
