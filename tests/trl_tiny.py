@@ -273,6 +273,8 @@ def two_processes(folder: Path, reward: str) -> list[Any]:
             )
         )
     outputs = [process.communicate(timeout=120)[0] for process in processes]
+    if any("EADDRINUSE" in output for output in outputs):  # somebody was quicker to take the port
+        return two_processes(folder, reward)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
