@@ -119,12 +119,15 @@ def test_a_slip_changes_one_thing() -> None:
     assert verdict == ("Yes" if tasks.grade(f"{prompt}\n", response) == 1 else "No")
 
 
-def test_sampling_equals_generate() -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_sampling_equals_generate(kind: str) -> None:
     tokenizer = vocabulary.generator_tokenizer()
-    model = models.build("llama", Size(32, 2), len(tokenizer), seed=1)
-    for weights in model.parameters():
+    model = models.build(kind, Size(32, 2), len(tokenizer), seed=1)
+    for name, weights in model.named_parameters():
         if weights.ndim > 1:
             weights.data *= 8  # so that rows differ, and some stop
+        elif "q_norm" in name:
+            weights.data *= torch.linspace(0.5, 2, len(weights))
     model.eval()
     prompts = tokenizer([e.prompt for e in tasks.held_out_set(20)])["input_ids"]
     ours = sample(model, prompts, max_new=12)

@@ -1,7 +1,8 @@
 """Responses of a policy to prompts, sampled or greedy.
 
-A model this small spends nearly all of a token's time in layers of Python, so the Llama of the
-policy is written out here in as few calls as there are. Tests hold it against `generate`.
+A model this small spends nearly all of a token's time in layers of Python, so Llama, which policies
+are, and Qwen3, which verifiers are, are written out here in as few calls as there are. Tests hold
+them against `generate`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def sample(
     """One response a prompt, EOS included where the policy stopped.
 
     Args:
-        model: the policy, a Llama.
+        model: a Llama or a Qwen3 with tied embeddings.
         prompts: B prompts as ids.
         generator: draws at temperature 1 without top-p or top-k; None: the likeliest token.
         max_new: responses are cut after so many tokens.
@@ -62,7 +63,7 @@ def sample(
 
 
 class _Reader:
-    """A Llama that reads B rows, padded on the left, a few tokens at a time."""
+    """A model that reads B rows, padded on the left, a few tokens at a time."""
 
     def __init__(self, model: Any, padding_B: torch.Tensor, length: int) -> None:
         config = model.config
@@ -72,6 +73,12 @@ class _Reader:
             {
                 "before": layer.input_layernorm.weight,
                 "qkv": torch.cat([getattr(layer.self_attn, f"{x}_proj").weight for x in "qkv"]),
+                # Qwen3 has these and Llama has not.
+                "heads": [
+                    norm.weight
+                    for name in ("q_norm", "k_norm")
+                    if (norm := getattr(layer.self_attn, name, None)) is not None
+                ],
                 "out": layer.self_attn.o_proj.weight,
                 "between": layer.post_attention_layernorm.weight,
                 "wide": torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
@@ -99,6 +106,8 @@ class _Reader:
         for layer, cache in zip(self.layers, self.caches, strict=True):
             qkv = F.linear(self._normed(x, layer["before"]), layer["qkv"])
             q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            if layer["heads"]:
+                q, k = (self._normed(y, w) for y, w in zip((q, k), layer["heads"], strict=True))
             cache[0, :, :, start:stop] = self._turned(k, start, stop)
             cache[1, :, :, start:stop] = v
             seen = F.scaled_dot_product_attention(
