@@ -18,6 +18,7 @@ from fake_engines import FakeEngine
 from stubs import TableVerifier, logprob_of
 
 from cme_reward import CMEBatch, CMEConfig, ConfigError, CrossModelEntropy, VerifierError
+from cme_reward.scoring import AT_ONCE
 from cme_reward.verifiers import Ensemble, load_verifier
 from cme_reward.verifiers.base import TokenIds
 from cme_reward.verifiers.batching import BatchingVerifier
@@ -261,6 +262,30 @@ def test_rollouts_are_scored_while_others_are_generated() -> None:
     parts = asyncio.run(main())
     assert [len(call) for call in inner.calls] == [1, len(ids) - 1]
     assert_same_rewards(parts, cme(prompts, ids), atol=0)
+
+
+def test_only_long_responses_are_worth_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and aligning them would keep the event loop from other rollouts."""
+    inner = GatedVerifier()
+    inner.gate.set()
+    cme = CrossModelEntropy(inner, inner.tokenizer)
+    member, here = cme.members[0], threading.get_ident()
+    seen: list[bool] = []
+    for owner, name in ((cme, "_prepared"), (member, "question"), (member, "scores"),
+                        (cme, "_finished")):  # fmt: skip
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner,
+            name,
+            lambda *args, original=original: (
+                seen.append(threading.get_ident() == here) or original(*args)
+            ),
+        )
+    for n, in_the_loop in ((AT_ONCE, True), (AT_ONCE + 1, False)):
+        seen.clear()
+        batch = asyncio.run(cme.score_async(["Why?"], [[5] * n]))
+        assert batch.mask.sum() == n
+        assert seen == [in_the_loop] * 4
 
 
 def test_an_endpoint_is_asked_directly() -> None:
