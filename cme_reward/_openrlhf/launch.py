@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
     if per_token:
         if _value(arguments, "train.agent_func_path") is None:
-            file = Path(__file__).with_name("openrlhf.py")
+            file = Path(__file__).parents[1] / "openrlhf.py"
             arguments = [flag("train.agent_func_path"), str(file), *arguments]
         _check_when_parsed()
     _carry_into_workers(known, hook=per_token)

@@ -25,8 +25,7 @@ from stubs import TableVerifier
 import cme_reward
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError, load_verifier
 from cme_reward import openrlhf as adapter
-from cme_reward._openrlhf import checks as checks
-from cme_reward._openrlhf import launch as launch
+from cme_reward._openrlhf import checks, launch
 from cme_reward._openrlhf import reward as reward_module
 from cme_reward._openrlhf.score import action_ids, in_unit_interval, score_rollout
 from cme_reward._openrlhf.settings import Settings, load_settings, variables
@@ -250,6 +249,21 @@ def test_what_the_launcher_reads_of_the_command_line() -> None:
     assert launch._value(words, "reward.remote_url") == "a.py"
     assert launch._value(words, "train.agent_func_path") is None
     assert launch._value(words[:2], "actor.model_name_or_path") == "old"
+
+
+def test_the_launcher_names_the_packages_own_agent(
+    generator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: "0.11.2")
+    for name in ("_check_when_parsed", "_carry_into_workers"):  # they reach for OpenRLHF and Ray
+        monkeypatch.setattr(launch, name, lambda *_, **__: None)
+    monkeypatch.setattr(launch.runpy, "run_module", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", [])
+    launch.main(["--actor.model_name_or_path", "policy"])
+    assert sys.argv[1] == "--train.agent_func_path"
+    assert adapter.__file__ is not None
+    assert Path(sys.argv[2]).samefile(adapter.__file__)
+    assert sys.argv[3:] == ["--actor.model_name_or_path", "policy"]
 
 
 def test_outside_of_ray_a_verifier_is_loaded_here() -> None:
