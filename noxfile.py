@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -65,6 +66,7 @@ def verl(session: nox.Session) -> None:
     # veRL's own tests, which come with its source alone, with the plugin installed.
     # Not in nox's temporary folder: Ray does not start in a folder inside an environment.
     folder = session.cache_dir / "verl"
+    shutil.rmtree(folder, ignore_errors=True)  # an older version's
     session.run("python", "-m", "pip", "download", "--no-deps", "--no-binary", "verl",
                 "-c", constraints, "-d", str(folder), "verl")  # fmt: skip
     (source,) = folder.glob("verl-*.tar.gz")
