@@ -11,26 +11,37 @@ Value = TypeVar("Value")
 
 
 class LRU(Generic[Value]):
-    """The `size` values used last. Threads take turns, also while a value is made."""
+    """The values used last, at most `size` of at most `weight` in all; a heavier one is not kept.
 
-    def __init__(self, size: int) -> None:
+    For any threads. Two that miss the same value at a time both make it, so that none waits for
+    another one's long value.
+    """
+
+    def __init__(self, size: int, weight: int) -> None:
         self.size = size
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self.weight = weight
+        self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
+        self._held = 0
         self._turn = Lock()
 
-    def __reduce__(self) -> tuple[type[LRU[Value]], tuple[int]]:
-        return LRU, (self.size,)
+    def __reduce__(self) -> tuple[type[LRU[Value]], tuple[int, int]]:
+        return LRU, (self.size, self.weight)
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+    def get(self, key: Hashable, make: Callable[[], Value], weight: int) -> Value:
         """The value of `key`, made if it is not there. What `make` raises is not remembered."""
         with self._turn:
             if key in self._values:
                 self._values.move_to_end(key)
-            else:
-                self._values[key] = make()
-                if len(self._values) > self.size:
-                    self._values.popitem(last=False)
-            return self._values[key]
+                return self._values[key][0]
+        value = make()
+        with self._turn:
+            if key not in self._values and weight <= self.weight:
+                self._values[key] = value, weight
+                self._held += weight
+            while len(self._values) > self.size or self._held > self.weight:
+                _, (_, dropped) = self._values.popitem(last=False)
+                self._held -= dropped
+        return value

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
+from cme_reward._lru import LRU
 from cme_reward._pieces import special_ids
 from cme_reward.errors import InputError
-from cme_reward.prompts import Message, Prompt
+from cme_reward.prompts import PROMPTS_KEPT, Message, Prompt
 from cme_reward.spans import SpanTable
 
 # Private-use characters stand for what a template is given: no template writes them by itself.
@@ -62,6 +63,7 @@ class RenderedReader:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._marks = self._markup()
+        self._read: LRU[Prompt] = LRU(*PROMPTS_KEPT)
 
     def prompt(self, rendered: str) -> Prompt:
         """The messages that the generator's template renders as `rendered`, to the character.
@@ -75,6 +77,9 @@ class RenderedReader:
             InputError: if the prompt has markup and is not what the template writes for an
                 optional system message and user and assistant messages in turn.
         """
+        return self._read.get(rendered, lambda: self._prompt(rendered), len(rendered))
+
+    def _prompt(self, rendered: str) -> Prompt:
         bos = self.tokenizer.bos_token or ""
         found = None
         if self._is_chat:
@@ -131,10 +136,15 @@ class RenderedReader:
         is left of a character that was cut off, and is not part of it.
         """
         pieces = self._split.split(response.rstrip("\ufffd"))
-        texts = iter(self.table.encode_batch(pieces[::2]).ids)
+        # Without the empty ones: of two texts, tokenizers would wake other threads.
+        texts = [piece for piece in pieces[::2] if piece]
+        rows = iter(self.table.encode_batch(texts).ids)
         ids: list[int] = []
         for k, piece in enumerate(pieces):
-            ids += [self._special[piece]] if k % 2 else next(texts).tolist()
+            if k % 2:
+                ids.append(self._special[piece])
+            elif piece:
+                ids += next(rows).tolist()
         return ids
 
     def _messages(self, rendered: str) -> list[Message] | None:

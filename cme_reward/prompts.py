@@ -15,6 +15,9 @@ from cme_reward.errors import InputError
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 
+PROMPTS_KEPT = 2048, 2**24
+"""Most prompts that are remembered, as many as are in the works at a time, and characters."""
+
 _USER, _REPLY, _NEXT = "cme question", "cme answer", "cme observation"  # contents to look for
 
 

@@ -18,7 +18,7 @@ from cme_reward._utf8 import WHOLE_CHAR
 from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
 from cme_reward.errors import VerifierError
-from cme_reward.prompts import Prompt, PromptFormat, prompt_key
+from cme_reward.prompts import PROMPTS_KEPT, Prompt, PromptFormat, prompt_key
 from cme_reward.segments import Segment
 from cme_reward.spans import Encoded, SpanTable
 from cme_reward.verifiers.base import TokenIds, Verifier
@@ -28,8 +28,6 @@ Float64 = NDArray[np.float64]
 T = TypeVar("T")
 AT_ONCE = 1024
 """Tokens for which the event loop can wait: about a millisecond."""
-RENDERED_PROMPTS = 2048
-"""Most prompts that are remembered with their ids: as many as are in the works at a time."""
 
 
 @dataclass
@@ -103,7 +101,7 @@ class MemberScorer:
         self.format = PromptFormat(verifier.tokenizer, config)
         self.table = SpanTable(verifier.tokenizer)
         self.max_length = min(verifier.max_length, config.max_length or verifier.max_length)
-        self._rendered: LRU[Int64] = LRU(RENDERED_PROMPTS)
+        self._rendered: LRU[Int64] = LRU(*PROMPTS_KEPT)
 
     def score(self, segments: Sequence[Segment]) -> SegmentScores:
         """Score all segments in one call of the verifier."""
@@ -198,8 +196,9 @@ class MemberScorer:
             prompt, said = (
                 (s.chat_prompt, s.chat_said) if self.format.is_chat else (s.prompt, s.said)
             )
+            key = prompt_key(prompt), said
             render = partial(self._render, prompt, said)
-            prompts.append(self._rendered.get((prompt_key(prompt), said), render))
+            prompts.append(self._rendered.get(key, render, sum(map(len, key))))
         return prompts
 
     def _render(self, prompt: Prompt, said: str) -> Int64:

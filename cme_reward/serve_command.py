@@ -107,6 +107,7 @@ def serve(
         from cme_reward._server.settings import TOKEN_VARIABLE, ServerSettings, check_host
         from cme_reward.loading import (
             configuration,
+            in_a_passing_thread,
             load_tokenizer,
             silence,
             verifier_options,
@@ -139,7 +140,7 @@ def serve(
 
                 silence()
                 tokenizer = load_tokenizer(generator_tokenizer)
-                model = load_verifier(verifier, **keywords)
+                model = in_a_passing_thread(lambda: load_verifier(verifier, **keywords))
             app = create_app(model, tokenizer, settled, limits, max_batch_tokens=max_batch_tokens)
             status = run(app, bound, limits)
     raise typer.Exit(status)

@@ -236,3 +236,26 @@ def test_real_tokenizers() -> None:
             sampled = [*table.encode("So , it's 5!")[0].tolist(), tokenizer.eos_token_id]
             query = tokenizer.decode([*ids, *sampled], skip_special_tokens=False)
             assert reader.ids(reader.response(query, rendered)) == sampled
+
+
+def test_a_prompt_is_read_once_for_all_its_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = generator("chatml")
+    reader, rendered = RenderedReader(tokenizer), render(tokenizer, TALK)
+    assert reader.prompt(rendered) == TALK
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", None)
+    assert reader.prompt(rendered) == TALK
+    with pytest.raises(TypeError):
+        reader.prompt(rendered.replace("?", "!", 1))
+
+
+def test_of_a_response_only_what_has_text_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = generator("chatml")
+    reader, asked = RenderedReader(tokenizer), []
+    encode = reader.table.encode_batch
+    monkeypatch.setattr(
+        reader.table, "encode_batch", lambda texts: asked.append(texts) or encode(texts)
+    )
+    assert tokenizer.decode(reader.ids("Yes.<|im_end|>")) == "Yes.<|im_end|>"
+    assert tokenizer.decode(reader.ids("<|im_end|>")) == "<|im_end|>"
+    assert reader.ids("") == []
+    assert asked == [["Yes."], [], []]
