@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
+
+from cme_reward.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLLOUTS = 8
@@ -193,6 +196,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--verifier", default="embedded")
     parser.add_argument("--generator", default=str(ROOT / "examples" / "generator"))
+    parser.add_argument(
+        "--untrained",
+        nargs=2,
+        type=int,
+        metavar=("WIDTH", "LAYERS"),
+        help="instead of the verifier, a Llama of this size with its tokenizer and random weights: "
+        "as fast as a trained one",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="of each, in turns; best is shown")
@@ -202,6 +213,28 @@ def main() -> None:
     parser.add_argument("--memory-minutes", type=float, default=0.0)
     parser.add_argument("--json", type=Path, help="where the figures go")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.untrained:
+            save_llama(folder, load_tokenizer(args.verifier), *args.untrained)
+            args.verifier = f"random:{folder}"
+        measure(args)
+
+
+def save_llama(folder: str, tokenizer: Any, width: int, layers: int) -> None:
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    ).save_pretrained(folder)
+
+
+def measure(args: argparse.Namespace) -> None:
     bodies = requests(args)
     found: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
 

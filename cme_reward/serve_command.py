@@ -71,6 +71,15 @@ def serve(
         int,
         _limits(min=1, metavar="N", help="Most tokens scored in one call of the verifier."),
     ] = 65_536,
+    linger: Annotated[
+        float | None,
+        _limits(
+            min=0,
+            metavar="S",
+            show_default="0.25 on the CPU, else 0",
+            help="Longest that a free verifier waits for other rollouts to score together.",
+        ),
+    ] = None,
     max_requests: Annotated[
         int, _limits(min=1, metavar="N", help="Most requests held at a time; others get a 429.")
     ] = 4096,
@@ -141,6 +150,13 @@ def serve(
                 silence()
                 tokenizer = load_tokenizer(generator_tokenizer)
                 model = in_a_passing_thread(lambda: load_verifier(verifier, **keywords))
-            app = create_app(model, tokenizer, settled, limits, max_batch_tokens=max_batch_tokens)
+            app = create_app(
+                model,
+                tokenizer,
+                settled,
+                limits,
+                max_batch_tokens=max_batch_tokens,
+                linger_seconds=linger,
+            )
             status = run(app, bound, limits)
     raise typer.Exit(status)

@@ -66,6 +66,7 @@ def create_app(
     settings: ServerSettings = ServerSettings(),  # noqa: B008 (frozen)
     *,
     max_batch_tokens: int = 65_536,
+    linger_seconds: float | None = None,
 ) -> FastAPI:
     """The server as an ASGI application, to run under uvicorn or inside another one.
 
@@ -79,9 +80,11 @@ def create_app(
         config: see `CMEConfig`; `level` is the default of `/v1/score`.
         settings: limits and access.
         max_batch_tokens: see `BatchingVerifier`.
+        linger_seconds: see `BatchingVerifier`. Default: 0.25 for a verifier on the CPU, which
+            shares its cores with the requests, and 0 for others.
     """
     metrics = ServerMetrics()
-    shared = _shared(verifier, metrics, max_batch_tokens)
+    shared = _shared(verifier, metrics, max_batch_tokens, linger_seconds)
     scorer = CrossModelEntropy(shared, generator_tokenizer, replace(config, level="token"))
     service = _Service(scorer, config.level, metrics)
 
@@ -218,16 +221,27 @@ class _Service:
 
 
 def _shared(
-    verifier: Verifier | Ensemble, metrics: ServerMetrics, max_batch_tokens: int
+    verifier: Verifier | Ensemble,
+    metrics: ServerMetrics,
+    max_batch_tokens: int,
+    linger_seconds: float | None,
 ) -> Verifier | Ensemble:
     """The verifier, or the members of an ensemble, for many requests at a time."""
     if isinstance(verifier, Ensemble):
-        members = [_shared(member, metrics, max_batch_tokens) for member in verifier.members]
+        members = [
+            _shared(member, metrics, max_batch_tokens, linger_seconds)
+            for member in verifier.members
+        ]
         return Ensemble([member for member in members if not isinstance(member, Ensemble)])
     if hasattr(verifier, "logprobs_async"):  # batches by itself
         return verifier
     metered = MeteredVerifier(verifier, metrics)
-    return BatchingVerifier(metered, max_batch_tokens=max_batch_tokens)
+    if linger_seconds is None:
+        device = getattr(verifier, "device", None)  # of verifiers in this process
+        linger_seconds = 0.25 if device is not None and device.type == "cpu" else 0.0
+    return BatchingVerifier(
+        metered, max_batch_tokens=max_batch_tokens, linger_seconds=linger_seconds
+    )
 
 
 async def _all(coroutines: Any) -> list[Any]:

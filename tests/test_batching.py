@@ -108,6 +108,41 @@ def test_a_call_above_the_budget_is_still_answered() -> None:
     np.testing.assert_array_equal(row, logprob_of(np.array([1, 2, 3])))
 
 
+def test_a_verifier_that_lingers_waits_for_those_who_come_back() -> None:
+    inner = GatedVerifier()
+    with BatchingVerifier(inner, linger_seconds=PATIENCE) as shared, ThreadPoolExecutor(8) as pool:
+        answers = queue_up(shared, [[[1]], [[2]], [[3]]], pool)
+        inner.gate.set()
+        for answer in answers:
+            answer.result(PATIENCE)
+        assert inner.calls == [[[1]], [[2], [3]]]
+        shared._last_seconds = PATIENCE  # longer than these calls take to come in
+        again = [pool.submit(shared.logprobs, [[4]], [[1]])]
+        until(waits(shared, 1))
+        again.append(pool.submit(shared.logprobs, [[5]], [[1]]))
+        for answer in again:
+            answer.result(PATIENCE)
+        assert inner.calls[2:] == [[[4], [5]]]
+        # One of them does not come back, and is waited for as long as the last call took.
+        shared._last_seconds = 0.01
+        pool.submit(shared.logprobs, [[6]], [[1]]).result(PATIENCE)
+        # Who is alone does not wait.
+        shared._last_seconds = 1000 * PATIENCE
+        pool.submit(shared.logprobs, [[7]], [[1]]).result(PATIENCE)
+        assert inner.calls[3:] == [[[6]], [[7]]]
+
+
+def test_nobody_lingers_over_what_the_budget_leaves() -> None:
+    inner = GatedVerifier()
+    shared = BatchingVerifier(inner, max_batch_tokens=1, linger_seconds=1000 * PATIENCE)
+    with shared, ThreadPoolExecutor(8) as pool:
+        answers = queue_up(shared, [[[1]], [[2]], [[3]], [[4]]], pool)
+        inner.gate.set()
+        for answer in answers:
+            answer.result(PATIENCE)
+    assert inner.calls == [[[1]], [[2]], [[3]], [[4]]]
+
+
 def test_only_the_guilty_call_fails() -> None:
     inner = GatedVerifier()
     with BatchingVerifier(inner) as shared, ThreadPoolExecutor(8) as pool:
@@ -174,11 +209,14 @@ def test_closing_fails_what_waits_and_everything_after() -> None:
 def test_options_are_checked_and_pickled() -> None:
     with pytest.raises(ConfigError, match="max_batch_tokens=0"):
         BatchingVerifier(TableVerifier(load_tokenizer("byte-level")), max_batch_tokens=0)
+    with pytest.raises(ConfigError, match="linger_seconds=-1"):
+        BatchingVerifier(TableVerifier(load_tokenizer("byte-level")), linger_seconds=-1)
     embedded = load_verifier("embedded")
     assert not isinstance(embedded, Ensemble)
-    shared = BatchingVerifier(embedded, max_batch_tokens=77)
+    shared = BatchingVerifier(embedded, max_batch_tokens=77, linger_seconds=0.5)
     copy = pickle.loads(pickle.dumps(shared))
     assert copy.max_batch_tokens == 77
+    assert copy.linger_seconds == 0.5
     np.testing.assert_allclose(
         copy.logprobs([[5, 6]], [[7, 8]])[0], shared.logprobs([[5, 6]], [[7, 8]])[0]
     )

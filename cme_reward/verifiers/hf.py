@@ -179,6 +179,11 @@ class TransformersVerifier(Closes):
         )
         return cls(model, tokenizer, **{"name": f"random:{name_or_path}", **options})
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.frozen.device
+
     def logprobs(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
     ) -> list[np.ndarray]:
