@@ -51,10 +51,10 @@ def assemble(
 
     # Segments hold the sampled tokens in order, so that flat arrays of both correspond.
     logprobs = np.zeros(n_tokens)
-    logprobs[sampled] = np.mean([score.aligned_N for score in scores], axis=0)
+    logprobs[sampled] = sum(score.aligned_N for score in scores) / len(scores)
     with_text = (kinds == TEXT) | ((kinds == BLANK) & (config.whitespace == "keep"))
-    covered = np.all([score.covered_N for score in scores], axis=0)
-    is_eos = np.all([score.is_eos_N for score in scores], axis=0)
+    covered = np.logical_and.reduce([score.covered_N for score in scores])
+    is_eos = np.logical_and.reduce([score.is_eos_N for score in scores])
     scored = sampled.copy()
     scored[sampled] = (with_text & covered) | is_eos
     own = np.zeros(n_tokens) if policy is None else np.where(scored, policy, 0)
@@ -73,8 +73,8 @@ def assemble(
     kept = per_row(np.where(scored, logprobs, 0), row_of_token)
     dropped = np.maximum(kept - total, 0)
 
-    truncated = np.any([score.truncated_n for score in scores], axis=0)
-    n_verifier_tokens = np.mean([score.counts_n.sum() for score in scores])
+    truncated = np.logical_or.reduce([score.truncated_n for score in scores])
+    n_verifier_tokens = sum(score.counts_n.sum() for score in scores) / len(scores)
     metrics = {
         "token_reward_mean": _mean(rewards[scored]),
         "token_reward_std": float(rewards[scored].std(ddof=1)) if scored.sum() > 1 else 0.0,
@@ -82,7 +82,7 @@ def assemble(
         "coverage": _mean(covered[with_text], empty=1.0),
         "dropped_nats": _mean(dropped),
         "verifier_tokens_per_token": float(n_verifier_tokens / max(sampled.sum(), 1)),
-        "truncated": float(len(np.unique(row_of_segment[truncated]))),
+        "truncated": float(len(set(row_of_segment[truncated].tolist()))),
         "repetition": repetition(split(*_sampled_rows(ids, sampled, offsets))),
         "length_correlation": length_correlation(sequence, per_row(sampled, row_of_token)),
     }

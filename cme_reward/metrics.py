@@ -33,9 +33,11 @@ def repetition(ids: Sequence[Int64], n: int = 4) -> float:
     within_a_row = rows[:n_windows] == rows[n - 1 :]
     keys = np.sort(hashes[within_a_row])
     repeats = keys[1:][keys[1:] == keys[:-1]] >> (np.uint64(64) - row_bits)
+    if not repeats.size:
+        return 0.0
     counts = np.maximum(lengths - n + 1, 1)
     shares = np.bincount(repeats.astype(np.int64), minlength=len(ids)) / counts
-    return float(shares.mean()) if len(ids) else 0.0
+    return float(shares.mean())
 
 
 def length_correlation(sequence_rewards: Float64, lengths: Float64) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import time
@@ -77,6 +78,9 @@ def run(app: Any, bound: socket.socket, settings: ServerSettings) -> int:
         backlog=4096,
     )
     server = _Server(config, app.state.gate, settings.drain_seconds)
+    # What is loaded by now stays. Looking through it for garbage would hold up all requests.
+    gc.collect()
+    gc.freeze()
     server.run(sockets=[bound])
     return 1 if app.state.gate.lost else 0
 
