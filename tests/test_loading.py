@@ -1,9 +1,15 @@
 """What the commands load, and where."""
 
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+import cme_reward.verifiers
+from cme_reward._server import run
+from cme_reward.cli import app
 from cme_reward.errors import ConfigError
 from cme_reward.loading import in_a_passing_thread
 
@@ -21,3 +27,21 @@ def test_what_fails_there_is_raised_here():
 
     with pytest.raises(ConfigError, match="expected a dtype of torch"):
         in_a_passing_thread(fail)
+
+
+def test_serve_loads_its_verifier_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, served = [], []
+    load = cme_reward.verifiers.load_verifier
+
+    def load_verifier(*args: Any, **options: Any) -> Any:
+        loaded.append(threading.current_thread())
+        return load(*args, **options)
+
+    monkeypatch.setattr(cme_reward.verifiers, "load_verifier", load_verifier)
+    monkeypatch.setattr(run, "run", lambda app, bound, settings: served.append(app) or 0)
+    generator = str(Path(__file__).parents[1] / "examples" / "generator")
+    command = ["serve", "--verifier", "embedded", "--generator-tokenizer", generator]
+    result = CliRunner().invoke(app, [*command, "--port", "0", "--linger", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert loaded[0] is not threading.current_thread()
+    assert served[0].state.verifier.linger_seconds == 0.5

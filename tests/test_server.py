@@ -15,6 +15,7 @@ from server_tools import PATIENCE, Gated, serving, until
 from stubs import TableVerifier
 
 from cme_reward import CMEConfig, CrossModelEntropy, Ensemble, load_verifier
+from cme_reward.server import create_app
 from cme_reward.verifiers.base import Verifier
 
 TOLERANCE = 1e-6
@@ -312,6 +313,20 @@ def test_waiting_requests_are_scored_in_one_call_rollouts_of_a_prompt_together(
     prompts = verifier.calls[1][0]
     assert prompts[:4] == [prompts[0]] * 4
     assert prompts[4:].count(prompts[0]) == 0
+
+
+def test_only_a_verifier_on_the_cpu_lingers_unless_told_otherwise(
+    embedded: Any, generator: Any
+) -> None:
+    def linger(verifier: Any, **options: Any) -> float:
+        return create_app(verifier, generator, **options).state.verifier.linger_seconds
+
+    assert embedded.device.type == "cpu"
+    assert linger(embedded) == 0.25
+    assert linger(embedded, linger_seconds=0) == 0
+    elsewhere = table()  # a verifier without a device, such as one behind HTTP
+    assert linger(elsewhere) == 0
+    assert linger(elsewhere, linger_seconds=0.5) == 0.5
 
 
 def test_only_the_request_at_fault_fails(generator: Any) -> None:
