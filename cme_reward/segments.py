@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64
+from cme_reward._rows import PADDING
 from cme_reward._utf8 import WHOLE_CHAR
 from cme_reward.prompts import EnvironmentReader, Message, Prompt, as_messages
 from cme_reward.spans import NO_TEXT, SpanTable
@@ -76,6 +77,7 @@ def split_turns(
         for start, stop in bounds:
             if start > previous:
                 written = ids[b][previous:start]
+                written = written[written != PADDING]
                 text, inline, messages = _environment(written, table, reader)
                 said += text
                 if inline:
