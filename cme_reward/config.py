@@ -47,7 +47,8 @@ class CMEConfig:
 
     baseline: str = "none"
     """"policy": subtract the sampler's own log-prob from each token's (the reverse-KL reward of
-    on-policy distillation). "none": the paper."""
+    on-policy distillation), and its sum over the text that the verifier scores from the
+    verifier's. "none": the paper."""
 
     scale: str = "std"
     """"std": advantages are divided by the group's standard deviation + eps. "none": they are not

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jinja2.exceptions import TemplateError
 
+from cme_reward._pieces import special_ids
+from cme_reward._ragged import Int64
 from cme_reward.config import CMEConfig
 from cme_reward.errors import InputError
 
@@ -120,6 +122,15 @@ class PromptFormat:
         return ids
 
 
+def end_ids(tokenizer: Any, eos_token_ids: Iterable[int] | None = None) -> Int64:
+    """Special tokens with which a generator ends a response, sorted: those given, or else its EOS
+    and the token that its chat template writes after an assistant message."""
+    if eos_token_ids is None:
+        ends = (tokenizer.eos_token_id, PromptFormat(tokenizer).end_of_turn)
+        eos_token_ids = {end for end in ends if end is not None}
+    return np.intersect1d(np.fromiter(eos_token_ids, dtype=np.int64), special_ids(tokenizer))
+
+
 def _example() -> list[Message]:
     return [{"role": "user", "content": _USER}, {"role": "assistant", "content": _REPLY}]
 
@@ -156,8 +167,3 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
     """The system prompt at the head of the first user message, for templates without that role."""
     turned = [{**m, "role": "user"} if m["role"] == "system" else m for m in messages]
     return _plain_roles(turned)
-
-
-def prompt_key(prompt: Prompt) -> str:
-    """Equal for prompts that render equally: rollouts of one prompt are rendered once."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from cme_reward._pieces import special_ids
-from cme_reward._ragged import Int64, flatten_ids, split
-from cme_reward._rows import flat_like, on_host
+from cme_reward._ragged import Int64, split
+from cme_reward._rows import check_environment, flat_like, flat_responses
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.environment import EnvironmentReader
 from cme_reward.errors import InputError
-from cme_reward.prompts import Prompt, PromptFormat
+from cme_reward.prompts import Prompt, end_ids
 from cme_reward.scoring import MemberScorer, SegmentScores, without_blocking
 from cme_reward.segments import Segment, split_turns
 from cme_reward.spans import SpanTable
@@ -74,12 +74,8 @@ class CrossModelEntropy:
         members = verifier.members if isinstance(verifier, Ensemble) else (verifier,)
         self.members = [MemberScorer(member, config) for member in members]
         self.reader = EnvironmentReader(generator_tokenizer)
-        if eos_token_ids is None:
-            ends = (generator_tokenizer.eos_token_id, PromptFormat(generator_tokenizer).end_of_turn)
-            eos_token_ids = {end for end in ends if end is not None}
-        self.eos_ids = np.intersect1d(
-            np.fromiter(eos_token_ids, dtype=np.int64), special_ids(generator_tokenizer)
-        )
+        self.special_ids = special_ids(generator_tokenizer)
+        self.eos_ids = end_ids(generator_tokenizer, eos_token_ids)
         self._warned = False
 
     def __call__(
@@ -94,8 +90,10 @@ class CrossModelEntropy:
         Args:
             prompts: B strings or message lists. To a chat verifier, a string is one user message.
             response_ids: the generator's sampled ids, B rows of any length or a `[B, T]` tensor.
-            response_masks: the same shape; 1 for sampled tokens, 0 for padding and for what an
-                environment wrote between them (conditioned on, never scored). None: all sampled.
+            response_masks: the same shape; 1 for sampled tokens, 0 for padding (any integers) and
+                for what an environment wrote between them (conditioned on, never scored). None, or
+                None for a row: all sampled, up to the first end (EOS) among the special tokens at
+                its end, which padding may follow; without an end, up to its padding tokens.
             policy_logprobs: the same shape; the sampler's own log-probs in nats, for
                 `baseline="policy"`.
 
@@ -105,7 +103,7 @@ class CrossModelEntropy:
             context) has sequence reward `log(1 / vocabulary)`: as surprising as a uniform guess.
 
         Raises:
-            InputError: if lengths disagree or an id is outside the vocabulary.
+            InputError: if lengths disagree or an id that is read is outside the vocabulary.
             VerifierError: if the verifier returns anything but finite log-probs.
         """
         call = self._prepared(prompts, response_ids, response_masks, policy_logprobs)
@@ -168,12 +166,11 @@ class CrossModelEntropy:
                 f"got {len(prompts)} prompts and {len(response_ids)} responses; expected one "
                 "prompt, a string or a list of messages, for each response"
             )
-        flat_ids, offsets = flatten_ids(on_host(response_ids), self.table.vocab_size, "response")
-        masks = None
-        if response_masks is not None:
-            masks = split(
-                flat_like(response_masks, offsets, "response_masks").astype(bool), offsets
-            )
+        flat_ids, offsets, sampled = flat_responses(
+            response_ids, response_masks, self.table, self.special_ids, self.eos_ids
+        )
+        check_environment(flat_ids, offsets, sampled)
+        masks = None if sampled.all() else split(sampled, offsets)
         if self.config.baseline == "policy":
             if policy is None:
                 raise InputError(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64
+from cme_reward._rows import PADDING
 from cme_reward._utf8 import WHOLE_CHAR
 from cme_reward.conversation.environment import EnvironmentReader
 from cme_reward.prompts import Message, Prompt, as_messages
@@ -78,7 +79,8 @@ def split_turns(
         previous, closed, sampled_end = 0, False, None
         for start, stop in bounds:
             if start > previous:
-                written = reader.read(ids[b][previous:start], sampled_end)
+                unsampled = ids[b][previous:start]
+                written = reader.read(unsampled[unsampled != PADDING], sampled_end)
                 if written.closes or (closed and not written.text.strip()):
                     turn: list[Message] = [{"role": "assistant", "content": chat_said}]
                     chat_prompt = [

@@ -122,8 +122,12 @@ class SpanTable:
     def tokens(self, ids: Sequence[int] | NDArray[Any]) -> list[str]:
         """What each id writes, to look at: special tokens by name, parts of characters as bytes.
 
-        `" Hello"`, `"<|im_end|>"`, `"<0xF0><0x9F>"`.
+        `" Hello"`, `"<|im_end|>"`, `"<0xF0><0x9F>"`; nothing for padding that is no id.
         """
+        known = [0 <= i < self.vocab_size for i in ids]
+        if not all(known):
+            shown = iter(self.tokens([i for i, k in zip(ids, known, strict=True) if k]))
+            return [next(shown) if k else "" for k in known]
         names = self.tokenizer.convert_ids_to_tokens(list(map(int, ids)))
         if self._pieces is None:
             return names
