@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,16 @@ def _tabulate(pieces: list[bytes], is_byte: NDArray[np.bool_], *, by_bytes: bool
                 width[i] = WHOLE_CHAR * len(text)
                 kind[i] = BLANK if text.isspace() else TEXT
     return Pieces(blob, starts, width, kind, whole, is_byte, by_bytes)
+
+
+def with_pieces(table: Pieces, named: dict[int, bytes]) -> Pieces:
+    """The table in which these ids write something else."""
+    blob, bounds = table.blob.tobytes(), table.starts.tolist()
+    pieces = [blob[i:j] for i, j in pairwise(bounds)]
+    is_byte = table.is_byte.copy()
+    for i, piece in named.items():
+        pieces[i], is_byte[i] = piece, False
+    return _tabulate(pieces, is_byte, by_bytes=table.by_bytes)
 
 
 def gather(pieces: Pieces, ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

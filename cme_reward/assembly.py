@@ -17,7 +17,7 @@ from cme_reward.errors import InputError
 from cme_reward.metrics import length_correlation, repetition
 from cme_reward.scoring import SegmentScores
 from cme_reward.segments import Segment
-from cme_reward.spans import BLANK, TEXT
+from cme_reward.spans import BLANK, NO_TEXT, TEXT
 
 Float64 = NDArray[np.float64]
 
@@ -91,6 +91,9 @@ def assemble(
         "truncated": float(len(set(row_of_segment[truncated].tolist()))),
         "repetition": repetition(split(*_sampled_rows(ids, sampled, offsets))),
         "length_correlation": length_correlation(sequence, per_row(sampled, row_of_token)),
+        "special_masked": sum(map(_inner_specials, segments)) / max(n_rows, 1),
+        "thinking_tokens": sum(s.n_thinking for s in segments) / max(n_rows, 1),
+        "thinking_unclosed": len({s.row for s in segments if s.unclosed}) / max(n_rows, 1),
     }
     if config.level == "sequence":
         rewards, scored = np.zeros(n_tokens), sampled
@@ -107,6 +110,11 @@ def assemble(
         metrics=metrics,
         config=config,
     )
+
+
+def _inner_specials(segment: Segment) -> int:
+    """Special tokens of a segment whose text is left out, but for its end and the padding there."""
+    return int(np.count_nonzero(segment.kinds[: segment.eos] == NO_TEXT))
 
 
 def _own(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from cme_reward.conversation.environment import EnvironmentReader
 from cme_reward.errors import InputError
 from cme_reward.prompts import Prompt, end_ids
 from cme_reward.scoring import MemberScorer, SegmentScores, without_blocking
-from cme_reward.segments import Segment, split_turns
+from cme_reward.segments import Segment, Thinking, split_turns
 from cme_reward.spans import SpanTable
 from cme_reward.verifiers.base import Verifier
 from cme_reward.verifiers.ensemble import Ensemble
@@ -54,6 +54,10 @@ class CrossModelEntropy:
         config: see `CMEConfig`.
         eos_token_ids: ids with which the generator ends a response. Default: its tokenizer's EOS
             and the token its chat template writes after an assistant message.
+        generator_template_kwargs: what the generator's prompts were rendered with, such as
+            `{"enable_thinking": False}` or `{"chat_template": "..."}`. Whatever its generation
+            prompt puts at the start of a response (`<think>`) is shown to the verifier in front of
+            it, and not scored, where prompts are messages.
 
     Raises:
         TokenizerError: if a tokenizer is not a fast one.
@@ -66,17 +70,38 @@ class CrossModelEntropy:
         config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
         *,
         eos_token_ids: Iterable[int] | None = None,
+        generator_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.verifier = verifier
         self.generator_tokenizer = generator_tokenizer
         self.config = config
-        self.table = SpanTable(generator_tokenizer)
-        members = verifier.members if isinstance(verifier, Ensemble) else (verifier,)
-        self.members = [MemberScorer(member, config) for member in members]
-        self.reader = EnvironmentReader(generator_tokenizer)
         self.special_ids = special_ids(generator_tokenizer)
         self.eos_ids = end_ids(generator_tokenizer, eos_token_ids)
+        shown = config.special_tokens == "show"
+        self.table = SpanTable(generator_tokenizer, self._inner_specials() if shown else ())
+        members = verifier.members if isinstance(verifier, Ensemble) else (verifier,)
+        self.members = [MemberScorer(member, config) for member in members]
+        opening, closing = config.thinking_tags
+        self.reader = EnvironmentReader(
+            generator_tokenizer, generator_template_kwargs, (opening, closing)
+        )
+        self._thinking = Thinking(config.thinking, (opening, closing), self._tag_ids())
         self._warned = False
+
+    def _inner_specials(self) -> list[int]:
+        """Special tokens that can stand inside a response."""
+        tokenizer = self.generator_tokenizer
+        outer = {getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "unk")}
+        return [int(i) for i in np.setdiff1d(self.special_ids, self.eos_ids) if i not in outer]
+
+    def _tag_ids(self) -> dict[int, bool]:
+        """Special tokens that open (True) and close thoughts, where their text is left out."""
+        if self.config.special_tokens == "show":
+            return {}
+        names = self.generator_tokenizer.convert_ids_to_tokens(self.special_ids.tolist())
+        opening, closing = self.config.thinking_tags
+        named = dict(zip(names, self.special_ids.tolist(), strict=True))
+        return {named[tag]: tag == opening for tag in (opening, closing) if tag in named}
 
     def __call__(
         self,
@@ -138,7 +163,9 @@ class CrossModelEntropy:
     ) -> _Call:
         started = time.perf_counter()
         ids, masks, policy = self._checked(prompts, response_ids, response_masks, policy)
-        segments = split_turns(prompts, ids, masks, self.table, self.reader, self.eos_ids)
+        segments = split_turns(
+            prompts, ids, masks, self.table, self.reader, self.eos_ids, self._thinking
+        )
         return _Call(ids, segments, policy, time.perf_counter() - started)
 
     def _finished(self, call: _Call, scores: Sequence[SegmentScores]) -> CMEBatch:
