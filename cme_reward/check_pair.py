@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2.exceptions import TemplateError
 
-from cme_reward._pieces import special_ids
+from cme_reward._pieces import require_fast, special_ids
 from cme_reward._utf8 import WHOLE_CHAR
-from cme_reward.errors import CMEError
+from cme_reward.errors import CMEError, TokenizerError
 from cme_reward.prompts import PromptFormat
 from cme_reward.reward import CrossModelEntropy
 from cme_reward.segments import split_turns
-from cme_reward.spans import UNFINISHED
+from cme_reward.spans import UNFINISHED, SpanTable
 
 if TYPE_CHECKING:
     pass
@@ -100,11 +100,13 @@ class PairCheck:
     """Jaccard index of the two sets of token strings."""
     identical_tokens: bool
     """Every sample has the same ids on both sides."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why a side, "generator" or "verifier", loses text and is not used. No samples then."""
 
     @property
     def exact(self) -> bool:
         """On every sample."""
-        return all(sample.exact for sample in self.samples)
+        return not self.refused and all(sample.exact for sample in self.samples)
 
     @property
     def same_family(self) -> bool:
@@ -123,7 +125,7 @@ class PairCheck:
 
     def warnings(self) -> list[str]:
         """What the user should know apart from alignment."""
-        found = []
+        found = list(self.refused.values())
         if self.same_family:
             found.append(
                 f"same tokenizer family ({self.shared_vocabulary:.0%} of the vocabulary is shared"
@@ -149,6 +151,9 @@ class PairCheck:
 
     def verdict(self) -> str:
         """One line."""
+        if self.refused:
+            sides = " and of the ".join(self.refused)
+            return f"refused: the tokenizer of the {sides} does not keep the text"
         bad = [sample.name for sample in self.samples if not sample.exact]
         if not bad:
             return f"aligned exactly on all {len(self.samples)} samples"
@@ -177,7 +182,34 @@ def check(generator: Any, verifier: Any, names: tuple[str, str]) -> PairCheck:
         TokenizerError: if one of the two is not a fast tokenizer.
         InputError: if the verifier's chat template refuses a user's message.
     """
-    scorer = CrossModelEntropy(Uniform(verifier, names[1]), generator)
+    refused = _refused(generator=generator, verifier=verifier)
+    samples, identical = ([], [False]) if refused else _samples(generator, verifier, names[1])
+    ours, theirs = set(generator.get_vocab()), set(verifier.get_vocab())
+    return PairCheck(
+        generator=_side(generator, names[0]),
+        verifier=_side(verifier, names[1]),
+        samples=samples,
+        shared_vocabulary=len(ours & theirs) / len(ours | theirs),
+        identical_tokens=all(identical[: len(SAMPLES)]),
+        refused=refused,
+    )
+
+
+def _refused(**sides: Any) -> dict[str, str]:
+    """The sides whose tokenizers lose text, and what they lose."""
+    refused = {}
+    for side, tokenizer in sides.items():
+        require_fast(tokenizer)
+        try:
+            SpanTable(tokenizer)
+        except TokenizerError as error:
+            refused[side] = f"the {side}: {error}"
+    return refused
+
+
+def _samples(generator: Any, verifier: Any, verifier_name: str) -> tuple[list[Sample], list[bool]]:
+    """Samples, and which of them have the same ids on both sides."""
+    scorer = CrossModelEntropy(Uniform(verifier, verifier_name), generator)
     samples, identical = [], []
     for name, text, ids in _sample_ids(scorer):
         try:
@@ -186,14 +218,7 @@ def check(generator: Any, verifier: Any, names: tuple[str, str]) -> PairCheck:
             sample, verifier_ids = Sample(name, len(ids), notes=[f"fails: {error}"]), None
         samples.append(sample)
         identical.append(verifier_ids == ids)
-    ours, theirs = set(generator.get_vocab()), set(verifier.get_vocab())
-    return PairCheck(
-        generator=_side(generator, names[0]),
-        verifier=_side(verifier, names[1]),
-        samples=samples,
-        shared_vocabulary=len(ours & theirs) / len(ours | theirs),
-        identical_tokens=all(identical[: len(SAMPLES)]),
-    )
+    return samples, identical
 
 
 def _sample_ids(scorer: CrossModelEntropy) -> Iterator[tuple[str, str | None, list[int]]]:

@@ -49,9 +49,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         TokenizerError: if there is none, or for a spec of several verifiers.
     """
-    from transformers import AutoTokenizer
-
     import cme_reward.verifiers
+    from cme_reward.fidelity import load_faithful
 
     if "+" in name and not Path(name).exists():
         raise TokenizerError(
@@ -67,7 +66,7 @@ def load_tokenizer(name: str) -> Any:
     if name == "embedded" and not Path(name).exists():
         where = str(Path(cme_reward.verifiers.__file__).parent / "embedded")
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        return load_faithful(where, trust_remote_code=False)
     except Exception as error:  # of many kinds, for an unknown name, no network, a broken file
         first = str(error).strip().partition("\n")[0]
         raise TokenizerError(
