@@ -36,8 +36,6 @@ def lost_prose(backend: Tokenizer) -> str | None:
         encodings = backend.encode_batch(texts, add_special_tokens=False)
         read = backend.decode_batch([encoding.ids for encoding in encodings])
     except Exception as error:  # the library raises no narrower one
-        if type(backend.model).__name__ == "WordLevel":  # a closed vocabulary, without an [UNK]
-            return None
         return f"it cannot be encoded at all: {error}"
     steps = {*steps_of(backend.pre_tokenizer), *steps_of(backend.decoder)}
     of_bytes = bool(steps & {"ByteLevel", "ByteFallback"})
@@ -58,34 +56,39 @@ def lost_prose(backend: Tokenizer) -> str | None:
 
 def _writable(backend: Tokenizer) -> list[str]:
     """`PROSE`, as far as the vocabulary has it; its single words for one that has no space."""
-    words = sorted({word for text in PROSE for word in text.split()})
-    encodings = backend.encode_batch(words, add_special_tokens=False)
     unknown = set(backend.encode(NOBODYS, add_special_tokens=False).ids[-1:])
-    known = {
-        word
-        for word, encoding in zip(words, encodings, strict=True)
-        if not unknown & set(encoding.ids) and all(_has(backend, char) for char in word)
-    }
+
+    def known(texts: list[str]) -> list[str]:
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        return [text for text, e in zip(texts, encodings, strict=True) if not unknown & set(e.ids)]
+
+    words = known(sorted({word for text in PROSE for word in text.split()}))
+    words = [word for word in words if all(_has(backend, char) for char in word)]
     if not _has(backend, " "):
-        return sorted(known)
-    return ["".join(_kept(backend, part, known) for part in re.findall(r"\s|\S+", text))
-            for text in PROSE]  # fmt: skip
+        return words
+    texts = [
+        "".join(_kept(backend, part, words) for part in re.findall(r"\s|\S+", text))
+        for text in PROSE
+    ]
+    # A vocabulary of whole words may have none for white space, and nothing that splits there.
+    return known(texts) if type(backend.model).__name__ == "WordLevel" else texts
 
 
-def _kept(backend: Tokenizer, part: str, known: set[str]) -> str:
+def _kept(backend: Tokenizer, part: str, words: list[str]) -> str:
     if part.isspace():
         return part if _has(backend, part) else " "
-    return part if part in known else ""
+    return part if part in words else ""
 
 
 def _has(backend: Tokenizer, char: str) -> bool:
-    """Is there a token for it? Without one, and without an [UNK], BPE drops it in silence."""
-    tokens = (char, char.lower(), CHAR_OF_BYTE[ord(char)], f"<0x{ord(char):02X}>")
-    if char == " ":
-        tokens += ("▁",)
-    return type(backend.model).__name__ != "BPE" or any(
-        backend.token_to_id(token) is not None for token in tokens
-    )
+    """May words be made of it? Without a token, and without an [UNK], BPE drops it in silence."""
+    if type(backend.model).__name__ not in ("BPE", "Unigram"):
+        return True  # a vocabulary of words
+    normalizer = backend.normalizer
+    form = normalizer.normalize_str(char) if normalizer is not None else char
+    byte = ord(char)
+    tokens = (form or char, "▁" if char == " " else char, CHAR_OF_BYTE[byte], f"<0x{byte:02X}>")
+    return any(backend.token_to_id(token) is not None for token in tokens)
 
 
 def _folded(text: str) -> str:

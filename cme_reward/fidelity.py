@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -155,28 +154,34 @@ def differences(tokenizer: Any, plain: Tokenizer | None = None) -> list[Differen
     added = {token.content for token in file.get_added_tokens_decoder().values()}
     others = {token.content for token in tokenizer.added_tokens_decoder.values()} - added
     probe = [text for text in PROBE if not any(token in text for token in others)]
-    if not list(_compare(probe, own, file)):
+    try:
+        encodings = file.encode_batch(probe, add_special_tokens=False)
+    except Exception:  # the library's plainest: a closed vocabulary, and no [UNK]
+        return []
+    ids = {i for encoding in encodings for i in encoding.ids}
+    if any(own.id_to_token(i) != file.id_to_token(i) for i in ids):
+        return []  # trained anew since: nothing that its class has made of this file
+    if not _compare(probe, own, file):
         return []
     # A prefix at the start of a text, padding and truncation are not compared.
-    return list(_compare(probe, plain or plain_backend(own), plain_backend(file)))
+    return _compare(probe, plain or plain_backend(own), plain_backend(file))
 
 
-def _compare(probe: list[str], own: Tokenizer, file: Tokenizer) -> Iterator[Difference]:
+def _compare(probe: list[str], own: Tokenizer, file: Tokenizer) -> list[Difference]:
+    found = []
     for text in probe:
         theirs = file.encode(text, add_special_tokens=False)
-        if any(own.token_to_id(token) is None for token in theirs.tokens):
-            return  # of another vocabulary: nothing that its class has made of this file
-        written = file.decode(theirs.ids)
-        is_read = own.decode(theirs.ids)
+        written, is_read = file.decode(theirs.ids), own.decode(theirs.ids)
         try:
             ours = own.encode(text, add_special_tokens=False)
-            tokens, comes_back = ours.tokens, own.decode(ours.ids)
-        except Exception as error:  # an [UNK] that the vocabulary lacks; the library's plainest
-            yield Difference(text, [], theirs.tokens, str(error), is_read, True)
+        except Exception as error:  # the library raises no narrower one, for an [UNK] that is none
+            found.append(Difference(text, [], theirs.tokens, str(error), is_read, True))
             continue
+        comes_back = own.decode(ours.ids)
         if ours.ids != theirs.ids or is_read != written:
             damaged = any(_folded(read) != _folded(written) for read in (comes_back, is_read))
-            yield Difference(text, tokens, theirs.tokens, comes_back, is_read, damaged)
+            found.append(Difference(text, ours.tokens, theirs.tokens, comes_back, is_read, damaged))
+    return found
 
 
 def _folded(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,12 +36,14 @@ def configuration(file: Path | None, settings: list[str]) -> CMEConfig:
 
 
 def silence() -> None:
-    """Keep what transformers says about its own loading out of the way."""
-    from transformers.utils import logging
+    """Keep what transformers says about its own loading out of the way, and not what we do."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    set_verbosity_error()
+    disable_progress_bar()
     warnings.simplefilter("ignore")
+    assert logging.lastResort is not None
+    logging.getLogger("cme_reward").addHandler(logging.lastResort)  # to standard error
 
 
 def load_tokenizer(name: str) -> Any:
