@@ -307,7 +307,7 @@ def test_the_server_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_verifiers_and_rewards_do(tmp_path: Path) -> None:
     folder = saved(tmp_path, "LlamaTokenizer")
     right = load_tokenizer("byte-level-nfc")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config = LlamaConfig(vocab_size=len(right), num_attention_heads=1, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     with FakeEngine("vllm", right) as engine:
