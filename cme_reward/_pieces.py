@@ -40,14 +40,13 @@ class Pieces:
     by_bytes: bool  # the decoder joins bytes, so that every byte sequence decodes
 
 
-def plain_backend(tokenizer: Any) -> Tokenizer:
-    """A private copy of the Rust tokenizer that treats text as the continuation of a prompt.
+def plain_backend(backend: Tokenizer) -> Tokenizer:
+    """A private copy of a Rust tokenizer that treats text as the continuation of a prompt.
 
     No dummy prefix is added or stripped, `"<eos>"` in a text is five characters and not a special
     token, and the padding and truncation that a caller may have left switched on are off. A copy,
     because all of these are mutable state of the caller's object.
     """
-    backend = tokenizer.backend_tokenizer
     parts = {
         name: json.loads(part.__getstate__()) if part is not None else None
         for name, part in (
@@ -99,7 +98,7 @@ def build_pieces(tokenizer: Any, backend: Tokenizer) -> Pieces | None:
     tokens = backend.get_vocab(with_added_tokens=True)
     vocab_size = max(tokens.values(), default=-1) + 1
     decoder = backend.decoder
-    steps = _decoder_steps(json.loads(decoder.__getstate__()) if decoder is not None else None)
+    steps = steps_of(decoder)
     by_bytes = "ByteLevel" in steps or "ByteFallback" in steps
     is_byte = np.zeros(vocab_size, dtype=bool)
     if "ByteLevel" in steps:
@@ -130,12 +129,14 @@ def build_pieces(tokenizer: Any, backend: Tokenizer) -> Pieces | None:
     return table if _explains(table, backend) else None
 
 
-def _decoder_steps(decoder: dict[str, Any] | None) -> list[str]:
-    if decoder is None:
-        return []
-    if decoder["type"] == "Sequence":
-        return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
-    return [decoder["type"]]
+def steps_of(component: Any) -> list[str]:
+    """The types of what a pre-tokenizer or decoder does, one after the other; none of None."""
+
+    def types(part: dict[str, Any]) -> list[str]:
+        steps = part.get("decoders", part.get("pretokenizers"))
+        return [part["type"]] if steps is None else [t for step in steps for t in types(step)]
+
+    return [] if component is None else types(json.loads(component.__getstate__()))
 
 
 def _byte_of_char() -> dict[int, int]:
@@ -146,6 +147,9 @@ def _byte_of_char() -> dict[int, int]:
 
 
 _BYTE_OF_CHAR = _byte_of_char()
+
+
+CHAR_OF_BYTE = {byte: chr(code) for code, byte in _BYTE_OF_CHAR.items()}
 
 
 def _byte_level_piece(token: str) -> bytes:

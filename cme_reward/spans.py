@@ -31,6 +31,7 @@ from cme_reward._ragged import Int64, flatten, flatten_ids, row_offsets, split
 from cme_reward._repair import incremental_spans, offset_spans
 from cme_reward._utf8 import WHOLE_CHAR, decode_bytes
 from cme_reward.errors import InputError
+from cme_reward.fidelity import require_faithful
 
 __all__ = ["BLANK", "NO_TEXT", "TEXT", "THOUGHT", "UNFINISHED", "Decoded", "Encoded", "SpanTable"]
 
@@ -77,7 +78,8 @@ def _tables(tokenizer: Any) -> _Tables:
     require_fast(tokenizer)
     tables = _CACHE.get(tokenizer)
     if tables is None or tables.vocab_size != len(tokenizer):  # tokens were added since
-        backend = plain_backend(tokenizer)
+        backend = plain_backend(tokenizer.backend_tokenizer)
+        require_faithful(tokenizer, backend)
         tables = _Tables(len(tokenizer), backend, build_pieces(tokenizer, backend))
         _CACHE[tokenizer] = tables
     return tables

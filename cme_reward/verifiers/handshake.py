@@ -106,14 +106,13 @@ class Handshake:
         return cards[wanted]
 
     def _prepare(self, url: str, card: dict[str, Any]) -> None:
-        from transformers import AutoTokenizer  # seconds to import
-
+        from cme_reward.fidelity import load_faithful
         from cme_reward.spans import SpanTable
 
         if self.tokenizer is None:
             path = self.tokenizer_path or card.get("root") or card["id"]
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(path)
+                self.tokenizer = load_faithful(path)
             except (OSError, ValueError) as error:
                 raise VerifierError(
                     f"{url} runs {path!r}, but its tokenizer does not load here: give it, "

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_accelerate_available
 
 from cme_reward.errors import ConfigError, VerifierError
+from cme_reward.fidelity import load_faithful
 
 
 def load_trained(
@@ -32,7 +33,7 @@ def load_trained(
     _check_placement(device, kwargs)
     kwargs |= checked_attention(attn_implementation)
     with _loading(name_or_path, kwargs):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = load_faithful(name_or_path, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **kwargs
         )
@@ -62,7 +63,7 @@ def load_untrained(
     attention = checked_attention(attn_implementation)
     remote = {"trust_remote_code": trust_remote_code}
     with _loading(name_or_path, attention):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **remote)
+        tokenizer = load_faithful(name_or_path, **remote)
         config = AutoConfig.from_pretrained(name_or_path, **remote)
         # Weights are drawn on the CPU, so its generator is the only one to seed and restore.
         with torch.random.fork_rng(devices=[]):
