@@ -21,6 +21,7 @@ from cme_reward.verifiers.base import Closes, TokenIds
 from cme_reward.verifiers.frozen import FrozenModel, input_device, length_limit
 from cme_reward.verifiers.offload import OffloadedWeights
 from cme_reward.verifiers.pretrained import choose_attention, load_trained, load_untrained
+from cme_reward.verifiers.whole import check_whole
 
 # Below this saving in tokens, batching across prompts beats running a prompt on its own.
 WORTH_SHARING = 1.1
@@ -92,6 +93,7 @@ class TransformersVerifier(Closes):
             raise ConfigError(
                 f"{offload=}: expected 'between_calls', or None to keep the weights where they are"
             )
+        check_whole(model, self.name)
         choose_attention(model, getattr(model.config, "_attn_implementation", None))
         self.tokenizer = tokenizer
         self.max_length = length_limit(model.config, tokenizer, max_length)
