@@ -33,7 +33,7 @@ def load_trained(
     dtype = checked_dtype(dtype)
     _check_placement(device, kwargs)
     kwargs |= checked_attention(attn_implementation)
-    with _loading(name_or_path, kwargs), whole_weights():
+    with whole_weights(), _loading(name_or_path, kwargs):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **kwargs
@@ -63,7 +63,7 @@ def load_untrained(
         )
     attention = checked_attention(attn_implementation)
     remote = {"trust_remote_code": trust_remote_code}
-    with _loading(name_or_path, attention), whole_weights():
+    with whole_weights(), _loading(name_or_path, attention):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **remote)
         config = AutoConfig.from_pretrained(name_or_path, **remote)
         # Weights are drawn on the CPU, so its generator is the only one to seed and restore.

@@ -23,7 +23,17 @@ _one_load = Lock()
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """What this thread loads meanwhile is whole; what others load is as their trainer asked."""
+    """What this thread loads meanwhile is whole; what others load is as their trainer asked.
+
+    Raises:
+        ConfigError: inside deepspeed.zero.Init, where all models of the process are partitioned.
+    """
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if getattr(zero, "zero_init_context", 0):
+        raise ConfigError(
+            "a verifier cannot be loaded while deepspeed.zero.Init partitions all models of this "
+            "process: load it before, or after"
+        )
     if not any(getattr(modeling_utils, name)() for name in _QUESTIONS):
         yield
         return
