@@ -27,6 +27,7 @@ from tiny_models import (
 from transformers import PreTrainedTokenizerFast
 
 from cme_reward.errors import ConfigError
+from cme_reward.verifiers import pretrained
 from cme_reward.verifiers.head import float32_forward
 from cme_reward.verifiers.hf import TransformersVerifier
 from cme_reward.verifiers.offload import OffloadedWeights
@@ -360,6 +361,31 @@ class TestPlacement:
         TransformersVerifier.from_pretrained(path, **options, max_memory={0: "10GB"})
         assert options.items() <= asked.items()
         assert asked["max_memory"] == {0: "10GB"}
+
+    @pytest.mark.parametrize(
+        ("rank", "devices", "current", "expected"),
+        [
+            (None, 0, 0, "cpu"),
+            (None, 2, 0, "cuda:0"),
+            ("1", 2, 0, "cuda:1"),  # a process of several, before its trainer has said so
+            ("1", 2, 1, "cuda"),
+            ("0", 2, 1, "cuda"),
+            ("1", 1, 0, "cuda"),  # the launcher shows each process its own
+        ],
+    )
+    def test_this_processs_device(self, rank, devices, current, expected, monkeypatch) -> None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        assert pretrained._default_device() == expected
+
+    def test_weights_that_were_never_filled_in_are_refused(self, bpe) -> None:
+        model = build(CONFIGS["llama"], scale=0.0)
+        with pytest.raises(ConfigError, match=r"embeddings are zeros, as FSDP's.*load_verifier"):
+            TransformersVerifier(model, bpe)
 
     def test_missing_accelerate(self, saved, monkeypatch) -> None:
         monkeypatch.setattr(

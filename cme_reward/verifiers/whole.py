@@ -65,10 +65,16 @@ def _replace(name: str, old: Any, new: Any) -> None:
 
 
 def check_whole(model: Any, name: str) -> None:
-    """Raises ConfigError for a model of which this process has a part."""
+    """Raises ConfigError for a model of which this process has a part, or nothing but zeros."""
+    remedy = (
+        "A verifier needs all of its weights: load it with load_verifier('hf:NAME_OR_PATH'), "
+        "which sees to that, and hand it to no trainer"
+    )
     if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        raise ConfigError(f"{name}: DeepSpeed's ZeRO-3 has partitioned its weights. {remedy}")
+    embeddings = model.get_input_embeddings().weight
+    if not embeddings.is_meta and not embeddings.any():
         raise ConfigError(
-            f"{name}: DeepSpeed's ZeRO-3 has partitioned its weights, and a verifier needs all of "
-            "them: load it with load_verifier('hf:NAME_OR_PATH'), outside of deepspeed.zero.Init, "
-            "and do not hand it to the trainer or to deepspeed.initialize"
+            f"{name}: its embeddings are zeros, as FSDP's cpu_ram_efficient_loading leaves them in "
+            f"all processes but the first. {remedy}"
         )
