@@ -61,6 +61,7 @@ _NO_HOLES = np.zeros((0, 2), dtype=np.int64)
 
 class _Tables(NamedTuple):
     vocab_size: int
+    special: list[int]
     backend: Any
     pieces: Any
 
@@ -71,9 +72,10 @@ _CACHE: WeakKeyDictionary[Any, _Tables] = WeakKeyDictionary()
 def _tables(tokenizer: Any) -> _Tables:
     require_fast(tokenizer)
     tables = _CACHE.get(tokenizer)
-    if tables is None or tables.vocab_size != len(tokenizer):  # tokens were added since
+    about = len(tokenizer), special_ids(tokenizer).tolist()
+    if tables is None or tables[:2] != about:  # tokens were added, or made special, since
         backend = plain_backend(tokenizer)
-        tables = _Tables(len(tokenizer), backend, build_pieces(tokenizer, backend))
+        tables = _Tables(*about, backend, build_pieces(tokenizer, backend))
         _CACHE[tokenizer] = tables
     return tables
 
@@ -96,7 +98,7 @@ class SpanTable:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.vocab_size, self._backend, self._pieces = _tables(tokenizer)
+        self.vocab_size, _, self._backend, self._pieces = _tables(tokenizer)
         # Does the tokenizer write a space before a text of its own that decode takes away again?
         self.dummy_prefix = (
             self._backend.encode("a", add_special_tokens=False).ids
