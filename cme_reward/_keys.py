@@ -43,7 +43,7 @@ def group_key(group: Any) -> Hashable:
     try:
         hash(group)
         if getattr(group, "ndim", 0) == 0:  # a tensor hashes by identity
-            return group
+            return group  # type: ignore[return-value]
     except TypeError:
         pass
     raise InputError(

@@ -56,10 +56,15 @@ def plain_backend(backend: Tokenizer) -> Tokenizer:
         )
     }
     edited = {name: _without_dummy_prefix(part, name) for name, part in parts.items()}
-    if edited == parts:
+    is_unigram = type(backend.model).__name__ == "Unigram"  # it knows special tokens as words too
+    if edited == parts and not is_unigram:
         backend = copy.deepcopy(backend)
     else:
-        backend = Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | edited))
+        state = json.loads(backend.to_str()) | edited
+        if is_unigram:
+            names = [token["content"] for token in state["added_tokens"] if token["special"]]
+            rename_special(state, {name: f"\U0010fffd{name}" for name in names})
+        backend = Tokenizer.from_str(json.dumps(state))
     backend.encode_special_tokens = True
     backend.no_padding()
     backend.no_truncation()
@@ -85,6 +90,19 @@ def _without_dummy_prefix(part: dict[str, Any] | None, name: str) -> dict[str, A
         kept = [_without_dummy_prefix(step, name) for step in part[key]]
         return part | {key: [step for step in kept if step is not None]}
     return part
+
+
+def rename_special(state: dict[str, Any], names: dict[str, str]) -> None:
+    """Give special tokens other names in a tokenizer's JSON, so that text cannot spell them."""
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = state["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
 
 
 def special_ids(tokenizer: Any) -> NDArray[np.int64]:

@@ -79,12 +79,17 @@ class CMEConfig:
     """Passed to the verifier's chat template, for example `{"enable_thinking": False}`."""
 
     chat_template: str | None = None
-    """A jinja chat template to use in place of the verifier's own (or where it has none)."""
+    """A jinja chat template to use in place of the verifier's own (or where it has none). "none"
+    (or "null", or false) for no template: a base model whose tokenizer ships one reads plain text.
+    Left out, the verifier's own."""
 
     max_length: int | None = None
     """Most tokens shown to the verifier, prompt included. None: as many as it can take."""
 
     def __post_init__(self) -> None:
+        template = "" if self.chat_template is None else str(self.chat_template)
+        if template.strip().lower() in ("none", "null", "false"):
+            object.__setattr__(self, "chat_template", "none")  # the class is frozen
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(

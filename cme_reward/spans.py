@@ -67,6 +67,7 @@ _NO_HOLES = np.zeros((0, 2), dtype=np.int64)
 
 class _Tables(NamedTuple):
     vocab_size: int
+    special: list[int]
     backend: Any
     pieces: Any
 
@@ -77,10 +78,11 @@ _CACHE: WeakKeyDictionary[Any, _Tables] = WeakKeyDictionary()
 def _tables(tokenizer: Any) -> _Tables:
     require_fast(tokenizer)
     tables = _CACHE.get(tokenizer)
-    if tables is None or tables.vocab_size != len(tokenizer):  # tokens were added since
+    about = len(tokenizer), special_ids(tokenizer).tolist()
+    if tables is None or tables[:2] != about:  # tokens were added, or made special, since
         backend = plain_backend(tokenizer.backend_tokenizer)
         require_faithful(tokenizer, backend)
-        tables = _Tables(len(tokenizer), backend, build_pieces(tokenizer, backend))
+        tables = _Tables(*about, backend, build_pieces(tokenizer, backend))
         _CACHE[tokenizer] = tables
     return tables
 
@@ -108,7 +110,7 @@ class SpanTable:
     def __init__(self, tokenizer: Any, shown: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.shown = tuple(shown)
-        self.vocab_size, self._backend, self._pieces = _tables(tokenizer)
+        self.vocab_size, _, self._backend, self._pieces = _tables(tokenizer)
         if shown and self._pieces is not None:
             names = tokenizer.convert_ids_to_tokens(list(shown))
             named = {i: str(name).encode() for i, name in zip(shown, names, strict=True)}

@@ -125,7 +125,7 @@ def naive(
                     own += part
                     tokens[t] += sum((seen.get(c, Fraction(0)) for c in token), -part)
             if ended and len(kept) == len(wanted):
-                at = s.start + s.eos
+                at = s.start + (s.eos or 0)
                 own, theirs, count = own + Fraction(policy[at]), theirs + logp[-1], count + 1
                 tokens[at] += logp[-1] - Fraction(policy[at])
         n = len(cme.members)
