@@ -161,7 +161,9 @@ class MemberScorer:
         requests, answers = question.requests_n, self._checked(question, answers)
         aligned, covered, share = _place(shown, encoded, answers, truncated_n)
         aligned_N = np.concatenate([np.zeros(0), *aligned])
-        share_N = np.concatenate([np.zeros(0), *share])
+        own = [s if k.share_T is None else s * k.share_T
+               for s, k in zip(share, segments, strict=True)]  # fmt: skip
+        share_N = np.concatenate([np.zeros(0), *own])
         is_eos_N = np.zeros(len(aligned_N), dtype=bool)
         offsets = row_offsets([len(s.ends) for s in segments])
         for k in np.flatnonzero(with_eos_n & ~truncated_n).tolist():

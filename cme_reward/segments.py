@@ -53,6 +53,9 @@ class Segment:
     dummy_space: bool
     """The text starts with the space of a SentencePiece dummy prefix, which a message lacks."""
 
+    share_T: NDArray[np.float64] | None = None
+    """How much of each token's text is in `text`; None for all of it."""
+
     n_thinking: int = 0
     """Tokens with text that is all in thoughts, tags included."""
 
@@ -136,9 +139,9 @@ def _turns(
     for part in parts:
         if part.start > (previous.stop if previous else 0):
             unsampled = row[previous.stop if previous else 0 : part.start]
-            end = None if previous is None else row[previous.start : previous.stop][_tail(previous)]
-            written = reader.read(unsampled[unsampled != PADDING], end)
             closed = previous is not None and previous.eos is not None
+            end = row[previous.start + (previous.eos or 0) : previous.stop] if closed else None
+            written = reader.read(unsampled[unsampled != PADDING], end)
             if written.closes or (closed and not written.text.strip()):
                 start = [_Part(written.prefill)] if written.prefill else []
                 turns.append(_Turn(list(written.messages), start))
@@ -147,13 +150,6 @@ def _turns(
         turns[-1].parts.append(part)
         previous = part
     return turns
-
-
-def _tail(part: _Part) -> slice:
-    """The special tokens after the text."""
-    assert part.kinds is not None
-    with_text = np.flatnonzero(part.kinds != NO_TEXT)
-    return slice(int(with_text[-1]) + 1 if with_text.size else 0, None)
 
 
 def _segments(
@@ -215,14 +211,17 @@ def _segment(row: int, part: _Part, start: int, stop: int, at: tuple[int, int]) 
     assert part.ends is not None
     assert part.kinds is not None
     ends, kinds, text = part.ends[start:stop], part.kinds[start:stop], part.text[at[0] : at[1]]
+    share_T = None
     if at != (0, len(part.text)):
+        widths_T = np.diff(part.ends, prepend=0)[start:stop]
         ends = np.clip(ends, WHOLE_CHAR * at[0], WHOLE_CHAR * at[1]) - WHOLE_CHAR * at[0]
-        in_answer = np.diff(ends, prepend=0) > 0
+        share_T = np.diff(ends, prepend=0) / np.maximum(widths_T, 1)
+        in_answer = share_T > 0
         kept = (kinds == NO_TEXT) | (kinds == UNFINISHED)
         kinds = np.where(kept, kinds, np.where(in_answer, kinds_of(text, ends, in_answer), THOUGHT))
     eos = None if part.eos is None or part.eos < start else part.eos - start
     return Segment(row, part.start + start, part.start + stop, "", "", "", "", text, ends,
-                   kinds.astype(np.uint8), eos, dummy_space=False)  # fmt: skip
+                   kinds.astype(np.uint8), eos, dummy_space=False, share_T=share_T)  # fmt: skip
 
 
 def _n_thinking(part: _Part, split: Split, start: int, stop: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import trl
-from conftest import REAL, load_tokenizer
+from conftest import CHATML, REAL, load_tokenizer
 from test_rendered import TEMPLATES
 
 MISTRAL = (
@@ -49,6 +49,7 @@ WRITTEN = {
     "deepseek-like": DEEPSEEK,
     "olmo-like": OLMO,
     "plain": PLAIN,
+    "thinks": CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
 }
 TOKENS = re.compile(
     r"<\|[a-zA-Z_]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|<\|turn>|<turn\|>|<\|\"\|>|\[/?[A-Z_]+\]"

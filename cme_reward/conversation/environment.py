@@ -108,8 +108,8 @@ class EnvironmentReader:
 
         Args:
             ids: those that were not sampled.
-            sampled_end: the special tokens that were sampled last before them, if any. They may say
-                who speaks next: GLM ends the assistant's turn with the user's header.
+            sampled_end: the special tokens that were sampled last before them, from the one on that
+                ends the turn. It may say who speaks next: GLM ends a turn with the user's header.
 
         Raises:
             InputError: where they hold markup that the template does not write there.
