@@ -56,7 +56,8 @@ class TransformersVerifier(Closes):
             Nothing to do, and harmless, where the model runs on the CPU.
         name: how reports call this verifier.
 
-    Calls from several threads take turns.
+    Calls from several threads take turns. In a process that forks off, a model on the CPU computes
+    in one thread, as torch's other ones stay behind; CUDA models do not work there.
 
     Raises:
         ConfigError: an option has no such value, or the model does not fit it.
@@ -115,18 +116,22 @@ class TransformersVerifier(Closes):
         if batch_tokens is None:
             batch_tokens = 512 if self.frozen.device.type == "cpu" else 16_384
         self.batch_tokens = 1 if self.frozen.alone else batch_tokens
-        self._renew()
+        self._turn = Lock()
+        renew_after_fork(self, TransformersVerifier._renew)
 
     def _renew(self) -> None:
         self._turn = Lock()
-        renew_after_fork(self, TransformersVerifier._renew)
+        if self.device.type == "cpu":
+            # Those that this thread has computed with are in the other process, and torch would
+            # wait for them.
+            torch.set_num_threads(1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_turn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._renew()
+        vars(self).update(state, _turn=Lock())
+        renew_after_fork(self, TransformersVerifier._renew)
 
     @classmethod
     def from_pretrained(
