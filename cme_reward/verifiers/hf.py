@@ -26,14 +26,8 @@ from cme_reward.verifiers.whole import check_whole
 # Below this saving in tokens, batching across prompts beats running a prompt on its own.
 WORTH_SHARING = 1.1
 OWN_OPTIONS = (
-    "max_length",
-    "batch_tokens",
-    "head_rows",
-    "head_dtype",
-    "compile",
-    "offload",
-    "name",
-)
+    "max_length", "batch_tokens", "head_rows", "head_dtype", "compile", "offload", "name",
+)  # fmt: skip
 
 
 class TransformersVerifier(Closes):
@@ -56,8 +50,7 @@ class TransformersVerifier(Closes):
             Nothing to do, and harmless, where the model runs on the CPU.
         name: how reports call this verifier.
 
-    Calls from several threads take turns. In a process that forks off, a model on the CPU computes
-    in one thread, as torch's other ones stay behind; CUDA models do not work there.
+    Calls from several threads take turns. A process that forks off computes in one thread.
 
     Raises:
         ConfigError: an option has no such value, or the model does not fit it.
@@ -121,9 +114,7 @@ class TransformersVerifier(Closes):
 
     def _renew(self) -> None:
         self._turn = Lock()
-        if self.device.type == "cpu":
-            # Those that this thread has computed with are in the other process, and torch would
-            # wait for them.
+        if self.device.type == "cpu":  # its threads are in the other process; torch would wait
             torch.set_num_threads(1)
 
     def __getstate__(self) -> dict[str, Any]:
