@@ -143,7 +143,9 @@ def test_calls_that_wait_for_a_verifier_stay_in_the_first_process() -> None:
             threading.Thread(target=lambda: answers.append(shared.logprobs([[1]], [[2]])))
             for _ in range(3)
         ]
-        for thread in asking:
+        asking[0].start()
+        assert inner.busy.wait(PATIENCE)
+        for thread in asking[1:]:
             thread.start()
         until(lambda: shared.waiting == 2)
 
