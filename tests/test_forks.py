@@ -143,7 +143,9 @@ def test_calls_that_wait_for_a_verifier_stay_in_the_first_process() -> None:
             threading.Thread(target=lambda: answers.append(shared.logprobs([[1]], [[2]])))
             for _ in range(3)
         ]
-        for thread in asking:
+        asking[0].start()
+        assert inner.busy.wait(PATIENCE)
+        for thread in asking[1:]:
             thread.start()
         until(lambda: shared.waiting == 2)
 
@@ -174,14 +176,18 @@ def test_rewards_of_coroutines_in_a_fork() -> None:
 
 
 def test_a_verifier_in_process_that_was_at_work() -> None:
+    """Its lock is held, and the threads that torch keeps for it do not come along."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's own threads do not survive a fork
-    verifier: Any = load_verifier("embedded")
-    here = verifier.logprobs([[5, 6]], [[7, 8]])
+    torch.set_num_threads(2)
+    verifier: Any = load_verifier("embedded", device="cpu")
+    asked = [[5] * 300] * 8, [[7] * 50] * 8
+    here = verifier.logprobs(*asked)
     with verifier._turn:
-        there = in_a_fork(lambda: verifier.logprobs([[5, 6]], [[7, 8]]))
+        there, n = in_a_fork(lambda: (verifier.logprobs(*asked), torch.get_num_threads()))
     torch.set_num_threads(threads)
-    np.testing.assert_array_equal(there[0], here[0])
+    assert n == 1
+    for got, wanted in zip(there, here, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
 def test_a_cache_that_was_being_changed_starts_empty() -> None:

@@ -377,6 +377,31 @@ def test_an_error_that_nobody_foresaw_shows_nothing_of_the_inside(
     refused(got, 500, "KeyError", "an error in the server; see its log")
 
 
+@pytest.mark.parametrize("end", [SystemExit(1), asyncio.CancelledError(), StopIteration()])
+def test_a_call_that_ends_in_anything_is_an_answer(generator: Any, end: BaseException) -> None:
+    """To all who wait for it; raised as it is, it would end the server, or the wrong task."""
+
+    class Ending(TableVerifier):
+        def logprobs(self, prompts: Any, responses: Any) -> Any:
+            if any(len(response) > 3 for response in responses):
+                raise end
+            return super().logprobs(prompts, responses)
+
+    async def test() -> list[Any]:
+        async with serving(Ending(load_tokenizer("sentencepiece")), generator) as client:
+
+            def post(n: int) -> Any:
+                return client.post("/v1/score", json={"prompts": ["a"], "responses": ["b " * n]})
+
+            replies = await asyncio.gather(*(post(n) for n in (1, 9, 9, 1)))
+            return [*replies, await post(1)]
+
+    first, *guilty, second, later = run(test)
+    for reply in guilty:
+        refused(reply, 500, "VerifierError", re.escape(f"the call ended in {end!r}"))
+    assert [reply.status_code for reply in (first, second, later)] == [200, 200, 200]
+
+
 def test_health_metrics_and_documents(generator: Any) -> None:
     async def test() -> None:
         async with serving(table(), generator) as client:

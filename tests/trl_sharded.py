@@ -92,8 +92,8 @@ def main(folder: Path, kind: str) -> None:
         gradient_accumulation_steps=1,
         **SHARING[kind],
     )
-    verifier = load_verifier("embedded", device="cpu")
-    made = CMEGRPOTrainer(
+    verifier: Any = load_verifier("embedded", device="cpu")
+    made: Any = CMEGRPOTrainer(
         str(own / "policy"),
         [cme_reward_func(verifier, tiny.tokenizer())],
         arguments,

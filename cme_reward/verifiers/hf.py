@@ -26,14 +26,8 @@ from cme_reward.verifiers.whole import check_whole
 # Below this saving in tokens, batching across prompts beats running a prompt on its own.
 WORTH_SHARING = 1.1
 OWN_OPTIONS = (
-    "max_length",
-    "batch_tokens",
-    "head_rows",
-    "head_dtype",
-    "compile",
-    "offload",
-    "name",
-)
+    "max_length", "batch_tokens", "head_rows", "head_dtype", "compile", "offload", "name",
+)  # fmt: skip
 
 
 class TransformersVerifier(Closes):
@@ -56,7 +50,7 @@ class TransformersVerifier(Closes):
             Nothing to do, and harmless, where the model runs on the CPU.
         name: how reports call this verifier.
 
-    Calls from several threads take turns.
+    Calls from several threads take turns. A process that forks off computes in one thread.
 
     Raises:
         ConfigError: an option has no such value, or the model does not fit it.
@@ -115,18 +109,20 @@ class TransformersVerifier(Closes):
         if batch_tokens is None:
             batch_tokens = 512 if self.frozen.device.type == "cpu" else 16_384
         self.batch_tokens = 1 if self.frozen.alone else batch_tokens
-        self._renew()
+        self._turn = Lock()
+        renew_after_fork(self, TransformersVerifier._renew)
 
     def _renew(self) -> None:
         self._turn = Lock()
-        renew_after_fork(self, TransformersVerifier._renew)
+        if self.device.type == "cpu":  # its threads are in the other process; torch would wait
+            torch.set_num_threads(1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_turn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._renew()
+        vars(self).update(state, _turn=Lock())
+        renew_after_fork(self, TransformersVerifier._renew)
 
     @classmethod
     def from_pretrained(

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from cme_reward.errors import ConfigError, VerifierError
+from cme_reward.verifiers.turns import Replica, Turns, any_left, troubles
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 16.0  # seconds
-REMEMBERED_KEYS = 10_000
 
 Exchange = Callable[..., Awaitable[Any]]
 
@@ -44,24 +44,6 @@ class Rejected(VerifierError):
     def __init__(self, url: str, status: int, message: str) -> None:
         super().__init__(f"{url} answered {status}: {message}")
         self.url, self.status, self.message = url, status, message
-
-
-@dataclass(eq=False)
-class Replica:
-    """One URL. `trusted` from a passed proof until the connection fails.
-
-    `dialect` is how it is asked, for whoever proves it to decide.
-    """
-
-    url: str
-    dialect: Any = None
-    in_flight: int = 0
-    trusted: bool = False
-    refused: str = ""
-    """Why it is never to be used again."""
-    trouble: str = ""
-    """Its last error, for messages."""
-    recovery: asyncio.Task[None] | None = None
 
 
 class Replicas:
@@ -107,11 +89,7 @@ class Replicas:
 
     def _start_afresh(self) -> None:
         self._changed = asyncio.Event()
-        self._home: dict[Hashable, Replica] = {}
-        self._waiting: dict[asyncio.Future[Replica | None], Hashable] = {}
-        """Who waits for a turn, the oldest first, and for which key."""
-        self._answered = 0.0
-        """When a server last answered anyone, by the loop's clock."""
+        self._turns = Turns(self.replicas, self.concurrency, self.total_seconds)
 
     @cached_property
     def _client(self) -> httpx.AsyncClient:
@@ -154,10 +132,12 @@ class Replicas:
             if not late or (len(late) < len(self.replicas) and (answered or left <= 0)):
                 break
             if left <= 0:
-                raise VerifierError(f"no verifier answers after {seconds:g} s\n{self.troubles()}")
+                raise VerifierError(
+                    f"no verifier answers after {seconds:g} s\n{troubles(self.replicas)}"
+                )
             if not patience_shown and answered:
                 patience_shown = True
-                logger.warning("waiting up to %g s for\n%s", seconds, self.troubles())
+                logger.warning("waiting up to %g s for\n%s", seconds, troubles(self.replicas))
             await self._change(min(left, 1.0))
         for replica in late:
             logger.warning("going on without %s until it answers: %s", replica.url, replica.trouble)
@@ -177,15 +157,18 @@ class Replicas:
         clock = asyncio.get_running_loop().time
         left, pause = self.total_seconds, FIRST_PAUSE
         while True:
-            replica = await self._turn(key)
+            for lost in self.replicas:
+                if not lost.trusted:
+                    self._recover(lost, pause=FIRST_PAUSE)
+            replica = await self._turns.take(key)
             began = clock()
             try:
                 async with asyncio.timeout(left):  # a try may not outlive the whole
                     reply = await self.exchange(replica, "POST", *request(replica))
-                self._answered = clock()
+                self._turns.answered()
                 return replica, reply
             except Rejected:
-                self._answered = clock()
+                self._turns.answered()
                 raise
             except TimeoutError:
                 replica.trouble = f"no reply in the {self.total_seconds:g} s allowed in all"
@@ -195,21 +178,22 @@ class Replicas:
                 self._lost(replica, str(error))
             except Busy as error:
                 replica.trouble = str(error)
-                self._home.pop(key, None)
+                self._turns.forget(key)
                 # Jitter, so that requests refused together do not come back together.
                 wait = max(error.pause, pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, LONGEST_PAUSE)
                 await asyncio.sleep(max(0.0, min(wait, left - (clock() - began))))
             finally:
-                replica.in_flight -= 1
-                self._hand_out()
-            while not any(r.trusted for r in self.replicas) and self._any_left():
+                self._turns.give_back(replica)
+            while not any(r.trusted for r in self.replicas) and any_left(self.replicas):
                 if clock() - began >= left:
                     break
                 await self._change(left - (clock() - began))
             left -= clock() - began
             if left <= 0:
-                raise VerifierError(f"no answer within {self.total_seconds:g} s\n{self.troubles()}")
+                raise VerifierError(
+                    f"no answer within {self.total_seconds:g} s\n{troubles(self.replicas)}"
+                )
 
     async def exchange(self, replica: Replica, method: str, path: str, body: Any = None) -> Any:
         """One request, one reply, as JSON; no second try.
@@ -232,84 +216,12 @@ class Replicas:
                 f"a reply of {len(reply.content)} bytes that is not JSON ({error})"
             ) from error
 
-    def troubles(self) -> str:
-        """A line for each replica: what is wrong with it."""
-        return "\n".join(
-            f"  {r.url}: {r.refused or r.trouble or ('fine' if r.trusted else 'no reply yet')}"
-            for r in self.replicas
-        )
-
     async def close(self) -> None:
         tasks = [r.recovery for r in self.replicas if r.recovery]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
-
-    async def _turn(self, key: Hashable) -> Replica:
-        """A replica with one more request in flight, once there is one that may have it."""
-        loop = asyncio.get_running_loop()
-        began, turn = loop.time(), loop.create_future()
-        self._waiting[turn] = key
-        replica = None
-        try:
-            for lost in self.replicas:
-                if not lost.trusted:
-                    self._recover(lost, pause=FIRST_PAUSE)
-            self._hand_out()
-            while not turn.done():
-                left = max(began, self._answered) + self.total_seconds - loop.time()
-                if left <= 0:
-                    raise VerifierError(
-                        f"no verifier has answered anyone for {self.total_seconds:g} s, and this "
-                        f"request waits for its turn\n{self.troubles()}"
-                    )
-                await asyncio.wait([turn], timeout=left)
-            replica = turn.result()
-        finally:
-            self._waiting.pop(turn, None)
-            if replica is None and turn.done() and turn.result() is not None:  # cancelled just then
-                turn.result().in_flight -= 1
-                self._hand_out()
-        if replica is None:
-            raise VerifierError(f"no verifier is left\n{self.troubles()}")
-        return replica
-
-    def _hand_out(self) -> None:
-        """Give what is free to those who wait, in their order."""
-        if not self._any_left():
-            for turn in self._waiting:
-                turn.set_result(None)
-            self._waiting.clear()
-        while (found := self._next()) is not None:
-            turn, key, replica = found
-            del self._waiting[turn]
-            self._home[key] = replica
-            if len(self._home) > REMEMBERED_KEYS:
-                del self._home[next(iter(self._home))]
-            replica.in_flight += 1
-            turn.set_result(replica)
-
-    def _next(self) -> tuple[asyncio.Future[Replica | None], Hashable, Replica] | None:
-        """Whose turn it is, for which key and on which replica."""
-        if self._free():
-            for turn, key in self._waiting.items():
-                replica = self._free_for(key)
-                if replica is not None:
-                    return turn, key, replica
-        return None
-
-    def _free(self) -> list[Replica]:
-        return [r for r in self.replicas if r.trusted and r.in_flight < self.concurrency]
-
-    def _free_for(self, key: Hashable) -> Replica | None:
-        home = self._home.get(key)
-        if home is not None and home.trusted:
-            return home if home.in_flight < self.concurrency else None
-        return min(self._free(), key=lambda r: r.in_flight, default=None)
-
-    def _any_left(self) -> bool:
-        return not all(r.refused for r in self.replicas)
 
     async def _change(self, seconds: float) -> None:
         """Wait until a replica's standing changes, at most so long."""
@@ -350,7 +262,7 @@ class Replicas:
         finally:
             replica.recovery = None
             self._changed.set()
-            self._hand_out()
+            self._turns.hand_out()
 
 
 def checked_url(url: str) -> str:
