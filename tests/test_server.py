@@ -193,11 +193,10 @@ IDS = {"prompts": ["a"], "response_ids": [[5, 6]]}
         (IDS | {"append_eos": True}, 422, "InputError", "append_eos is for responses as text"),
         (GOOD | {"level": "word"}, 422, "ValidationError", "level: .*'token' or 'sequence'"),
         (
-            {"messages": [[{"role": "user", "content": "a", "tool_calls": []}]]}
-            | {"responses": []},
+            {"messages": [[{"role": "user", "content": "a", "toolcalls": []}]]} | {"responses": []},
             422,
             "ValidationError",
-            r"messages\[0\]\[0\].tool_calls: unknown field; known: role, content",
+            r"messages\[0\]\[0\].toolcalls: unknown field; known: role, content, tool_calls",
         ),
         ({"messages": [[]], "responses": ["b"]}, 422, "ValidationError", "at least 1 item"),
         (
