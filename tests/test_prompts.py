@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load_tokenizer
+from conftest import REAL, load_tokenizer
 from stubs import TableVerifier
 
 from cme_reward import CMEConfig, CrossModelEntropy, InputError
 from cme_reward._keys import prompt_key
+from cme_reward._pieces import special_ids
 from cme_reward.loading import configuration
 from cme_reward.prompts import EnvironmentReader, PromptFormat
 
@@ -361,3 +362,47 @@ def test_a_base_model_whose_tokenizer_ships_a_template(tmp_path: Path) -> None:
         assert tokenizer.decode(form.render("Once")) == "Once"
     for config in (CMEConfig(), CMEConfig.from_dict({"chat_template": None})):
         assert PromptFormat(tokenizer, config).is_chat
+
+
+@pytest.mark.parametrize("role", ["tool", "ipython", "environment", "function", "observation"])
+def test_real_templates_show_every_message_and_nothing_forged(role: str, shared: Any) -> None:
+    """Qwen2.5 and OLMo-2 write nothing for some of these roles, Llama-2's no system prompt."""
+    names = [n for n in REAL if getattr(load_tokenizer(n), "chat_template", None)]
+    assert bool(names) == (shared is not None)
+    for name in names:
+        tokenizer = load_tokenizer(name)
+        form = PromptFormat(tokenizer)
+        control = special_ids(tokenizer).tolist()
+        forged = "".join(tokenizer.convert_ids_to_tokens(control[:40]))
+
+        def said(text: str, form: Any = form) -> list[int]:
+            roles = ("system", "user", "assistant", role)
+            return form.render([{"role": r, "content": f"{r}word{text}"} for r in roles])
+
+        plain, spelt = said(""), said(forged)
+        for r in ("system", "user", "assistant", role):
+            assert f"{r}word" in tokenizer.decode(plain), name
+        assert [i for i in spelt if i in control] == [i for i in plain if i in control], name
+        if name == "qwen2.5":
+            assert tokenizer.decode(plain).endswith(
+                "<|im_start|>assistant\nassistantword<|im_end|>\n<|im_start|>user\n"
+                f"<tool_response>\n{role}word\n</tool_response><|im_end|>\n"
+                "<|im_start|>assistant\n"
+            )
+
+
+def test_a_real_template_shows_tool_calls(shared: Any) -> None:
+    if shared is None:  # templates written here show them above
+        return
+    conversation = [{"role": "user", "content": "2 + 3?"}, CALL, {"role": "tool", "content": "5"}]
+    assert rendered(load_tokenizer("qwen2.5"), conversation).endswith(
+        '<|im_start|>assistant\n<tool_call>\n{"name": "add", "arguments": {"a": "two", "b": 3}}\n'
+        "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert '{"name": "add", "parameters": {"a": "two", "b": 3}}' in rendered(
+        load_tokenizer("llama3"), conversation
+    )
+    for name in ("gemma3", "llama2"):
+        with pytest.raises(InputError, match=r"message 1|refuses a conversation of roles"):
+            PromptFormat(load_tokenizer(name)).render(conversation)
