@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -102,10 +102,10 @@ def _broken(text: str, names: _Names, breakers: dict[str, str]) -> str:
     return text
 
 
-def _unused(*texts: str) -> Iterable[int]:
+def _unused(*texts: str) -> Iterator[int]:
     """Private code points that are in none of the texts."""
     used = {ord(char) for text in texts for char in text if ord(char) >= _PRIVATE.start}
-    return iter([code for code in _PRIVATE if code not in used])
+    return (code for code in _PRIVATE if code not in used)
 
 
 def _twin(tokenizer: Any, tokens: list[str], marker: str) -> _Twin:
@@ -114,11 +114,11 @@ def _twin(tokenizer: Any, tokens: list[str], marker: str) -> _Twin:
     if key not in twins:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         real = {token["content"]: token["id"] for token in state["added_tokens"]}
-        rename_special(state, {token: marker + token for token in tokens})
+        names = {token: marker + token for token in tokens}
+        rename_special(state, names)
         backend = Tokenizer.from_str(json.dumps(state))
         backend.no_padding()
         backend.no_truncation()
-        names = {token: marker + token for token in tokens}
-        ids = {backend.token_to_id(names.get(token, token)): i for token, i in real.items()}
-        twins[key] = _Twin(backend, ids)
+        ids = [(backend.token_to_id(names.get(token, token)), i) for token, i in real.items()]
+        twins[key] = _Twin(backend, {own: i for own, i in ids if own is not None})
     return twins[key]

@@ -93,14 +93,9 @@ def _calls(k: int, role: str, given: Any) -> list[Message]:
                 arguments = json.loads(arguments)
         if not isinstance(arguments, Mapping):
             arguments = function.get("arguments") or {}
-        about = {} if function is call else {n: v for n, v in call.items() if v is not None}
-        calls.append(
-            {
-                "type": "function",
-                **about,
-                "function": {"name": function["name"], "arguments": arguments},
-            }
-        )
+        about = {} if function is call else {n: v for n, v in dict(call).items() if v is not None}
+        function = {"name": function["name"], "arguments": arguments}
+        calls.append({"type": "function", **about, "function": function})
     return calls
 
 

@@ -177,7 +177,7 @@ def score(
     - `prompt` (a text) or `messages` (a list of `{"role": "user", "content": "..."}`)
     - `response` (a text) or `response_ids` (the tokens that the generator sampled)
     - with response_ids, if there is need: `response_mask` (0 marks tokens that a tool or an
-      environment wrote) and `policy_logprobs` (for `--set baseline=policy`)
+      environment wrote, and padding) and `policy_logprobs` (for `--set baseline=policy`)
 
     **Output**: the same rows in the same order, all their fields and, in nats,
 

@@ -161,8 +161,9 @@ class PromptFormat:
         for k, message in enumerate(messages):
             lost = [mark for mark in marks[k] if mark not in written]
             if lost:
-                calls = f" has tool calls, which it does not show ({lost})" * ("call" in lost[0])
-                return f"leaves out what {name_of(k, message)} {calls or 'says'}"
+                if "call" in lost[0]:
+                    return f"leaves out tool calls of {name_of(k, message)}"
+                return f"leaves out what {name_of(k, message)} says"
         return None
 
     def _refusal(self, fault: str) -> str:

@@ -161,7 +161,7 @@ BAD_LINES = [
     (b'{"prompt": "x", "response": "x", "response_ids": [1]}', "has both response and"),
     (b'{"prompt": 5, "response": "x"}', "prompt is 5; expected text, or a list of messages"),
     (b'{"messages": "hi", "response": "x"}', 'messages is "hi"; expected a list of messages'),
-    (b'{"messages": [{"role": "user"}], "response": "x"}', "expected a list of messages"),
+    (b'{"messages": [{"role": "user"}], "response": "x"}', "message 0 (role 'user') holds None"),
     (b'{"prompt": "x", "response": 5}', "response is 5; expected text"),
     (b'{"prompt": "x", "response_ids": "5"}', 'response_ids is "5"; expected a list of token ids'),
     (b'{"prompt": "x", "response_ids": [1, -1]}', "response_ids[1] is -1, but"),
@@ -228,6 +228,28 @@ def test_ids_need_their_tokenizer(model: Path) -> None:
     assert "line 1: has response_ids, but whose ids are they?" in result.stderr
     assert "--generator-tokenizer" in result.stderr
     assert len(parsed(result.stdout)) == 1
+
+
+def test_parts_are_text_and_what_is_no_text_is_named(model: Path) -> None:
+    said = [{"type": "text", "text": "One"}, {"type": "text", "text": "?"}]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [
+        {"prompt": "One?", "response": "one"},
+        {"messages": [{"role": "user", "content": said}], "response": "one"},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}], "response": "one"},
+        {"messages": [{"role": "user", "content": "a"}, call], "response": "one"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "tool"}], "response": "one"},
+    ]
+    result = run("score", "-", "--verifier", f"hf:{model}", stdin=lines(rows), status=1)
+    text, parts = parsed(result.stdout)
+    assert parts["token_rewards"] == text["token_rewards"]
+    for report in (
+        "line 3: message 0 (role 'user') holds {'type': 'image'}, which a verifier cannot be shown",
+        "line 4: the chat template of ",
+        "leaves out tool calls of message 1 (role 'assistant')",
+        "line 5: message 1 (role 'tool') holds None",
+    ):
+        assert report in result.stderr
 
 
 def test_padding_under_mask_0_and_after_the_first_end(model: Path) -> None:

@@ -193,11 +193,10 @@ IDS = {"prompts": ["a"], "response_ids": [[5, 6]]}
         (IDS | {"append_eos": True}, 422, "InputError", "append_eos is for responses as text"),
         (GOOD | {"level": "word"}, 422, "ValidationError", "level: .*'token' or 'sequence'"),
         (
-            {"messages": [[{"role": "user", "content": "a", "tool_calls": []}]]}
-            | {"responses": []},
+            {"messages": [[{"role": "user", "content": "a", "toolcalls": []}]]} | {"responses": []},
             422,
             "ValidationError",
-            r"messages\[0\]\[0\].tool_calls: unknown field; known: role, content",
+            r"messages\[0\]\[0\].toolcalls: unknown field; known: role, content, tool_calls",
         ),
         ({"messages": [[]], "responses": ["b"]}, 422, "ValidationError", "at least 1 item"),
         (
@@ -277,6 +276,26 @@ def test_the_configuration_is_the_servers(generator: Any) -> None:
     assert got["token_rewards"] == [pytest.approx(rewards, abs=TOLERANCE)]
     got = ask(table(), generator, "/v1/score", IDS, **options)
     refused(got, 422, "InputError", "needs policy_logprobs")
+
+
+def test_tool_calls_reach_the_verifiers_template(generator: Any) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>"
+        "{% endfor %}<|im_start|>"
+    )
+    verifier = TableVerifier(load_tokenizer("byte-level"))
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {"messages": [[{"role": "user", "content": parts}, call]], "response_ids": [[5]]}
+    got = ask(verifier, generator, "/v1/score", body, config=CMEConfig(chat_template=template))
+    assert got.status_code == 200
+    assert verifier.tokenizer.decode(verifier.prompts[0]) == (
+        '<|im_start|>user ab<|im_end|><|im_start|>assistant {"name": "f", "arguments": {}}'
+        "<|im_end|><|im_start|>"
+    )
+    got = ask(table("byte-level"), generator, "/v1/score", body)
+    refused(got, 422, "InputError", r"leaves out tool calls of message 1 \(role 'assistant'\)")
 
 
 def test_nothing_to_score(generator: Any) -> None:
