@@ -74,8 +74,9 @@ class TestAttention:
         model = build(CONFIGS["gemma2"])
         (prompt, response) = draw(17, 12)
         expected = oracle(model, prompt, response)
-        model.set_attn_implementation("sdpa")
-        assert np.abs(oracle(model, prompt, response) - expected).max() > 0.01
+        model.config._attn_implementation = "sdpa"
+        with suppress(ValueError):  # newer releases of transformers say so themselves
+            assert np.abs(oracle(model, prompt, response) - expected).max() > 0.01
         with pytest.raises(ConfigError, match=r"'sdpa' leaves out the soft cap.*'eager'"):
             TransformersVerifier(model, bpe)
 
@@ -83,7 +84,8 @@ class TestAttention:
     def test_refusals(self, load, saved) -> None:
         load = getattr(TransformersVerifier, load)
         path = saved("gemma2")
-        with pytest.raises(ConfigError, match="'sdpa' leaves out the soft cap"):
+        # Newer releases of transformers refuse it by themselves, and older ones leave it to us.
+        with pytest.raises(ConfigError, match=r"attn_implementation='sdpa' .*'eager'"):
             load(path, device="cpu", attn_implementation="sdpa")
         with pytest.raises(ConfigError, match=r"'fast': expected one of .*'eager'.*'sdpa'"):
             load(path, device="cpu", attn_implementation="fast")
