@@ -25,8 +25,8 @@ from cme_reward.spans import SpanTable
 _HOLE = "\ue000{}\ue001"
 _HOLES = re.compile("\ue000(.*?)\ue001", re.DOTALL)
 _BRACKETED = re.compile(r"[^\s\w]*[<\[|｜][^\s]*")
-# In front of a template: dates from `cme_dates`, or holes where there are none. transformers before
-# 5.23 took a function in place of its own `strftime_now`; since then, templates are given data only.
+# In front of a template: dates from `cme_dates`, or holes where there are none. Not a function in
+# place of the renderer's own `strftime_now`: newer releases of transformers hand on data only.
 _DATES = (
     "{%- macro strftime_now(format) -%}"
     "{{ cme_dates[format] if cme_dates is mapping else '\ue000' + format + '\ue001' }}"

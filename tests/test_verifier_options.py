@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any

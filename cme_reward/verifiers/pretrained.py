@@ -166,8 +166,8 @@ def _loading(name_or_path: str, options: dict[str, Any]) -> Iterator[None]:
         asked = options.get("attn_implementation")
         if asked and "does not support" in str(error) and "ttention" in str(error):
             raise ConfigError(
-                f"attn_implementation={asked!r} does not go with {name_or_path!r}: expected 'eager', "
-                f"or none for the best that does. transformers says: {error}"
+                f"attn_implementation={asked!r} does not go with {name_or_path!r}: expected "
+                f"'eager', or none for the best that does. transformers says: {error}"
             ) from error
         raise VerifierError(
             f"cannot load verifier {name_or_path!r}: expected a directory with config.json, "
