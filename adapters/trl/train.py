@@ -3,7 +3,8 @@
 Without options: Qwen2.5-0.5B, verified by gemma-3-1b-it, one epoch over 5,000 UltraFeedback prompts
 (arXiv 2605.29009, Appendix E). One GPU: `python adapters/trl/train.py`; four of them:
 `accelerate launch --num_processes 4 adapters/trl/train.py`. Settings of the reward are given as
-`--set eos=mask`, all others of TRL's GRPOConfig as `--trl save_steps=50`.
+`--set eos=mask`, all others of TRL's GRPOConfig as `--trl save_steps=50`; values are read as the
+setting's type.
 """
 
 from __future__ import annotations

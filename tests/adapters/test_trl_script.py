@@ -63,7 +63,6 @@ def test_settings_of_trl_are_read_as_their_type(script: dict[str, Any]) -> None:
     given = {
         "save_strategy": "no",
         "logging_strategy": "no",
-        "report_to": "none",
         "adam_epsilon": "1e-3",
         "bf16": "no",
         "top_k": "5",
@@ -76,7 +75,6 @@ def test_settings_of_trl_are_read_as_their_type(script: dict[str, Any]) -> None:
     args = script["grpo_config"](script["options"](words))
     assert (args.save_strategy, args.logging_strategy) == ("no", "no")
     assert (args.adam_epsilon, args.bf16, args.top_k, args.run_name) == (1e-3, False, 5, "012")
-    assert args.report_to in ("none", []) or args.report_to == ["none"]
     assert args.hub_model_id is None
     assert args.chat_template_kwargs == {"enable_thinking": False}
     assert args.reward_weights == [1.0, 0.5]
@@ -84,7 +82,7 @@ def test_settings_of_trl_are_read_as_their_type(script: dict[str, Any]) -> None:
         ("save_steps=often", "--trl save_steps='often' cannot be read; expected float"),
         ("bf16=maybe", "--trl bf16='maybe' cannot be read; expected true or false"),
         ("reward_weights=1", r"--trl reward_weights='1' cannot be read; expected a list such as"),
-        ("save_strategy=sometimes", "GRPOConfig refuses: 'sometimes' is not a valid SaveStrategy"),
+        ("save_strategy=sometimes", "GRPOConfig refuses: .*sometimes.* not a valid SaveStrategy"),
     ):
         with pytest.raises(ConfigError, match=message):
             script["grpo_config"](script["options"](["--precision", "fp32", "--trl", wrong]))
