@@ -31,10 +31,7 @@ def tests(session: nox.Session) -> None:
 
 
 def only(session: nox.Session, pins: list[str]) -> str:
-    """A file that pins these and, as constraints.txt does, torch.
-
-    On Linux, any other torch that pip finds is a build for GPUs, of gigabytes.
-    """
+    """A file that pins these, and torch as constraints.txt does: its other builds are gigabytes."""
     torch = [line for line in Path("constraints.txt").read_text().split() if "torch==" in line]
     file = session.cache_dir / f"{session.name}.txt"
     file.write_text("\n".join([*torch, *pins]))
@@ -43,7 +40,7 @@ def only(session: nox.Session, pins: list[str]) -> str:
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """The tests with the newest releases of everything but torch: what pip installs today."""
+    """The core's tests with the newest releases of all but torch: what pip installs today."""
     pins = only(session, [])
     session.install("-c", pins, "torch")
     session.install("-c", pins, "--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev]")
@@ -53,11 +50,11 @@ def newest(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """The tests with the oldest releases that pyproject.toml declares."""
+    """The core's tests with the oldest releases that pyproject.toml declares, of all but torch."""
     project = nox.project.load_toml("pyproject.toml")["project"]
     needs = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    bounds = [re.match(r"([\w-]+)(?:\[.*])?>=([\d.]+)", need) for need in needs]
-    pins = only(session, [f"{b[1]}=={b[2]}" for b in bounds if b and b[1] != "torch"])
+    lowest = [re.sub(r"^([\w-]+)(\[.*\])?>=([\d.]+).*$", r"\1==\3", need) for need in needs]
+    pins = only(session, [pin for pin in lowest if not pin.startswith("torch==")])
     session.install("-c", pins, "torch")
     session.install("-c", pins, "-e", ".[dev]")
     session.run("python", "-m", "pip", "list")
