@@ -109,7 +109,7 @@ class TestFloat32Head:
         # By hand: bf16 hidden states, float32 weights, the cap, log-softmax.
         ids = torch.tensor([[*prompt, *response[:-1]]])
         with torch.inference_mode():
-            hidden_SD = model.base_model(ids).last_hidden_state[0, len(prompt) - 1 :].float()
+            hidden_SD = plain.frozen.body(ids).last_hidden_state[0, len(prompt) - 1 :].float()
             logits_SV = hidden_SD @ model.get_output_embeddings().weight.float().T
             if cap := getattr(CONFIGS[name], "final_logit_softcapping", None):
                 logits_SV = cap * torch.tanh(logits_SV / cap)
