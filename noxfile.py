@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,37 @@ def install(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests, as `sh scripts/test`."""
     install(session)
+    session.run("pytest", *session.posargs)
+
+
+def only(session: nox.Session, pins: list[str]) -> str:
+    """A file that pins these, and torch as constraints.txt does: its other builds are gigabytes."""
+    torch = [line for line in Path("constraints.txt").read_text().split() if "torch==" in line]
+    file = session.cache_dir / f"{session.name}.txt"
+    file.write_text("\n".join([*torch, *pins]))
+    return str(file)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The core's tests with the newest releases of all but torch: what pip installs today."""
+    pins = only(session, [])
+    session.install("-c", pins, "torch")
+    session.install("-c", pins, "--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev]")
+    session.run("python", "-m", "pip", "list")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The core's tests with the oldest releases that pyproject.toml declares, of all but torch."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lowest = [re.sub(r"^([\w-]+)(\[.*\])?>=([\d.]+).*$", r"\1==\3", need) for need in needs]
+    pins = only(session, [pin for pin in lowest if not pin.startswith("torch==")])
+    session.install("-c", pins, "torch")
+    session.install("-c", pins, "-e", ".[dev]")
+    session.run("python", "-m", "pip", "list")
     session.run("pytest", *session.posargs)
 
 

@@ -25,6 +25,13 @@ from cme_reward.spans import SpanTable
 _HOLE = "\ue000{}\ue001"
 _HOLES = re.compile("\ue000(.*?)\ue001", re.DOTALL)
 _BRACKETED = re.compile(r"[^\s\w]*[<\[|｜][^\s]*")
+# In front of a template: dates from `cme_dates`, or holes where there are none. Not a function in
+# place of the renderer's own `strftime_now`: newer releases of transformers hand on data only.
+_DATES = (
+    "{%- macro strftime_now(format) -%}"
+    "{{ cme_dates[format] if cme_dates is mapping else '\ue000' + format + '\ue001' }}"
+    "{%- endmacro %}\n"
+)
 _MOST_TURNS = 100
 _TAIL = 32  # characters by which the end of a prompt is recognised
 
@@ -194,9 +201,10 @@ class RenderedReader:
         """The messages in the template; None if it refuses them. No dates: holes in their place."""
         options = dict(self.template_kwargs)
         if self._dated:
-            options["strftime_now"] = lambda form: (
-                _HOLE.format(form) if dates is None else dates.get(form, "")
+            own = self.tokenizer.get_chat_template(
+                options.get("chat_template"), options.get("tools")
             )
+            options |= {"chat_template": _DATES + own, "cme_dates": dates}
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **options

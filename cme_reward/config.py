@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from cme_reward._values import read_value
 from cme_reward.advantages import SCALES
 from cme_reward.errors import ConfigError
 
@@ -124,14 +125,14 @@ class CMEConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CMEConfig:
         """From any mapping of names to values; strings are read as their field's type."""
-        known = {f.name: str(f.type) for f in fields(cls)}
+        known = get_type_hints(cls)
         for key in settings:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
                 raise ConfigError(
                     f"unknown setting {key!r}; did you mean {near[0]!r}? Known: {', '.join(known)}"
                 )
-        return cls(**{key: _read(key, known[key], value) for key, value in settings.items()})
+        return cls(**{key: read_value(key, known[key], value) for key, value in settings.items()})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> CMEConfig:
@@ -161,25 +162,3 @@ class CMEConfig:
         environ = os.environ if environ is None else environ
         names = {prefix + f.name.upper(): f.name for f in fields(cls)}
         return cls.from_dict({names[key]: value for key, value in environ.items() if key in names})
-
-
-def _read(key: str, kind: str, value: Any) -> Any:
-    """A value as its field's type: the environment and command lines know only strings."""
-    if isinstance(value, Mapping):
-        return {name: value[name] for name in value}
-    if "str" in kind.split(" | ") and value is not None:
-        return str(value)
-    if not isinstance(value, str):
-        return float(value) if "float" in kind and isinstance(value, int) else value
-    import yaml
-
-    try:
-        if value.lower() in ("none", "null", ""):
-            return None if "None" in kind else yaml.safe_load(value)
-        if "float" in kind:
-            return float(value)
-        if "int" in kind:
-            return int(value)
-        return yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{key}={value!r} cannot be read; expected {kind}") from error

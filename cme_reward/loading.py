@@ -8,10 +8,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-import yaml
-
+from cme_reward._values import read_value
 from cme_reward.errors import ConfigError, TokenizerError
 
 if TYPE_CHECKING:
@@ -100,23 +99,34 @@ def in_a_passing_thread(make: Callable[[], T]) -> T:
 
 
 def verifier_options(device: str | None, settings: Sequence[str]) -> dict[str, Any]:
-    """Keywords for `load_verifier` from a device and `KEY=VALUE` strings, values as in YAML.
+    """Keywords for `load_verifier` from a device and `KEY=VALUE` strings.
+
+    Values are read as the types that verifiers declare; what they hand on to transformers has none.
 
     Raises:
-        ConfigError: for a string of another form.
+        ConfigError: for a string of another form, or a value of another type.
     """
     options: dict[str, Any] = {} if device is None else {"device": device}
+    kinds = _option_types() if settings else {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        try:
-            options[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals or not key.strip():
+        key = key.strip()
+        if not equals or not key:
             raise ConfigError(
                 f"--verifier-option {setting!r}: expected KEY=VALUE, such as dtype=bfloat16"
             )
+        options[key] = read_value(f"--verifier-option {key}", kinds.get(key, Any), value)
     return options
+
+
+def _option_types() -> dict[str, Any]:
+    from cme_reward.verifiers.endpoint import EndpointVerifier
+    from cme_reward.verifiers.hf import TransformersVerifier
+
+    hf = TransformersVerifier
+    makers = (hf.__init__, hf.from_pretrained, hf.from_config, EndpointVerifier.__init__)
+    kinds = {name: kind for make in makers for name, kind in get_type_hints(make).items()}
+    return kinds | {"tokenizer": str}  # by its name
 
 
 def make_scorer(

@@ -374,6 +374,11 @@ def test_reading_is_streaming() -> None:
         (("-", "--set", "eos"), "expected KEY=VALUE"),
         (("-", "--set", "eos=never"), "expected one of score, mask"),
         (("-", "--verifier-option", "dtype"), "--verifier-option 'dtype': expected KEY=VALUE"),
+        (("-", "--set", "max_length=long"), "max_length='long' cannot be read; expected int or"),
+        (
+            ("-", "--verifier-option", "trust_remote_code=maybe"),
+            "--verifier-option trust_remote_code='maybe' cannot be read; expected true or false",
+        ),
         (("-", "--verifier-option", "batch_tokens=0"), "must both be at least 1"),
         (("-", "--verifier", "vllm:localhost:8000"), "is no URL of a verifier server"),
         (

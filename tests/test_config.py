@@ -30,7 +30,12 @@ def test_an_unknown_key_names_the_nearest() -> None:
         ({"eps": -1}, "eps=-1.0 must be 0 or a positive"),
         ({"max_length": 1}, "at least 2 tokens"),
         ({"max_length": "many"}, "max_length='many' cannot be read; expected int"),
-        ({"chat_template_kwargs": "yes"}, "must be a mapping"),
+        ({"max_length": True}, "max_length=True cannot be read; expected int or null"),
+        ({"max_length": 12.5}, "max_length=12.5 cannot be read; expected int or null"),
+        ({"eps": False}, "eps=False cannot be read; expected float"),
+        ({"eps": None}, "eps=None cannot be read; expected float"),
+        ({"system_prompt": {"a": 1}}, r"system_prompt=\{'a': 1\} cannot be read; expected text"),
+        ({"chat_template_kwargs": "yes"}, "='yes' cannot be read; expected a mapping such as"),
     ],
 )
 def test_an_impossible_value_is_refused(settings: dict, message: str) -> None:
@@ -47,6 +52,15 @@ def test_from_yaml(tmp_path: Path) -> None:
     assert CMEConfig.from_yaml(path) == CMEConfig(eos="mask")
     path.write_text("")
     assert CMEConfig.from_yaml(path) == CMEConfig()
+    # YAML has read these before us: nobody wrote "False" or "10".
+    for written, read in (("no", "False"), ("012", "10"), ("1.10", "1.1")):
+        path.write_text(f"system_prompt: {written}\n")
+        with pytest.raises(
+            ConfigError, match=rf"prompt={read} .* expected text \(in YAML, in quot"
+        ):
+            CMEConfig.from_yaml(path)
+        path.write_text(f"system_prompt: '{written}'\n")
+        assert CMEConfig.from_yaml(path).system_prompt == written
     path.write_text("- eos\n")
     with pytest.raises(ConfigError, match="holds a list"):
         CMEConfig.from_yaml(path)

@@ -3,7 +3,8 @@
 Without options: Qwen2.5-0.5B, verified by gemma-3-1b-it, one epoch over 5,000 UltraFeedback prompts
 (arXiv 2605.29009, Appendix E). One GPU: `python adapters/trl/train.py`; four of them:
 `accelerate launch --num_processes 4 adapters/trl/train.py`. Settings of the reward are given as
-`--set eos=mask`, all others of TRL's GRPOConfig as `--trl save_steps=50`.
+`--set eos=mask`, all others of TRL's GRPOConfig as `--trl save_steps=50`; values are read as the
+setting's type.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-import yaml
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 
 from cme_reward import ConfigError, InputError
+from cme_reward._values import read_value
 from cme_reward.comparators import REWARDS
 from cme_reward.loading import configuration
 from cme_reward.prompts import PromptFormat, as_messages, plain_content
@@ -155,7 +156,7 @@ def grpo_config(given: argparse.Namespace) -> GRPOConfig:
 
     Raises:
         ConfigError: if the completions of an update cannot be divided evenly, or for an unknown
-            setting.
+            setting or a value of another type than the setting's.
     """
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {
@@ -183,6 +184,7 @@ def grpo_config(given: argparse.Namespace) -> GRPOConfig:
         "logging_steps": 1,
         "save_steps": 100,
     }
+    kinds = get_type_hints(GRPOConfig)
     known = [field.name for field in dataclasses.fields(GRPOConfig)]
     for setting in given.trl:
         key, equals, value = setting.partition("=")
@@ -192,7 +194,7 @@ def grpo_config(given: argparse.Namespace) -> GRPOConfig:
                 f"--trl {setting!r}: expected KEY=VALUE with a setting of GRPOConfig; did you mean "
                 f"{near}?"
             )
-        settings[key] = yaml.safe_load(value)
+        settings[key] = read_value(f"--trl {key}", kinds[key], value)
     if "gradient_accumulation_steps" not in settings:
         processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate and torchrun
         at_once = given.completions_at_once * processes
@@ -204,7 +206,10 @@ def grpo_config(given: argparse.Namespace) -> GRPOConfig:
             )
         settings["gradient_accumulation_steps"] = given.completions_per_update // at_once
     make: Any = GRPOConfig  # settings of many types
-    return make(**settings)
+    try:
+        return make(**settings)
+    except ValueError as error:
+        raise ConfigError(f"settings that GRPOConfig refuses: {error}") from error
 
 
 def reward_options(given: argparse.Namespace) -> dict[str, Any]:
@@ -216,30 +221,28 @@ def reward_options(given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"policy": given.model}
     for setting in given.reward_set:
         key, equals, value = setting.partition("=")
-        try:
-            found[key] = yaml.safe_load(value) if equals else None
-        except yaml.YAMLError:
-            equals = ""
         if not equals:
             raise ConfigError(
                 f"--reward-set {setting!r}: expected KEY=VALUE with a value in YAML, such as "
                 "questions=['Is it true?']"
             )
+        found[key] = read_value(f"--reward-set {key}", Any, value)
     return found
 
 
 def main() -> None:
     """Train, and save the policy in the output folder."""
     given = options()
-    config = configuration(None, [f"level={given.level}", *given.set])
-    args = grpo_config(given)
+    try:
+        config = configuration(None, [f"level={given.level}", *given.set])
+        args, rewards = grpo_config(given), reward_options(given)
+    except ConfigError as error:
+        raise SystemExit(f"train.py: {error}") from None
     prompts = prompts_of(given)
     model, tokenizer = load_policy(given.model)
     trainer = CMEGRPOTrainer(
         model,
-        cme_reward_func(
-            given.verifier, tokenizer, config, reward=given.reward, **reward_options(given)
-        ),
+        cme_reward_func(given.verifier, tokenizer, config, reward=given.reward, **rewards),
         args,
         for_policy(prompts, tokenizer, given.system_prompt),
         processing_class=tokenizer,

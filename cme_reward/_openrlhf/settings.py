@@ -6,8 +6,9 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
+from cme_reward._values import read_value
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError
 
@@ -65,7 +66,7 @@ class Settings:
             )
 
 
-_OWN = {f.name: str(f.type) for f in fields(Settings) if f.name != "config"}
+_OWN = {name: kind for name, kind in get_type_hints(Settings).items() if name != "config"}
 _REWARD = tuple(f.name for f in fields(CMEConfig))
 
 
@@ -93,7 +94,7 @@ def load_settings(level: str = "token", environ: Mapping[str, str] | None = None
             f"vllm:http://localhost:8000, or `verifier:` in a YAML file that {FILE} names. Under "
             "`ray job submit` it belongs into env_vars of --runtime-env-json"
         )
-    own = {name: _typed(name, values[name]) for name in _OWN if name in values}
+    own = {n: read_value(n, kind, values[n]) for n, kind in _OWN.items() if n in values}
     config = CMEConfig.from_dict({name: values[name] for name in _REWARD if name in values})
     return Settings(**own, config=config)
 
@@ -132,18 +133,3 @@ def _read_file(path: str) -> dict[str, Any]:
                 f"{', '.join(known)}"
             )
     return values
-
-
-def _typed(name: str, value: Any) -> Any:
-    """A value as its field's type: variables hold only strings."""
-    import yaml
-
-    kind = _OWN[name]
-    if "str" in kind.split("[")[0]:
-        return None if value is None else str(value)
-    try:
-        if "float" in kind:
-            return None if value is None else float(value)
-        return yaml.safe_load(value) if isinstance(value, str) else value
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{name}={value!r} cannot be read; expected {kind}") from error

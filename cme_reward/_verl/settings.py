@@ -7,8 +7,9 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_type_hints
 
+from cme_reward._values import read_value
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError
 
@@ -106,8 +107,13 @@ class RewardSettings:
         estimator = EstimatorSettings.from_algorithm(config["algorithm"])
         reward = {key: value for key, value in given.items() if key in names}
         cme = CMEConfig.from_dict({**reward, "scale": estimator.scale, "eps": estimator.eps})
-        options = {key: given[key] for key in own if key in given}
-        return cls(cme=cme, **{**options, "verifier": str(verifier)})
+        kinds, given = get_type_hints(cls), {**given, "verifier": verifier}
+        options = {
+            key: read_value(f"reward.cme.{key}", kinds[key], given[key])
+            for key in own
+            if key in given
+        }
+        return cls(cme=cme, **options)
 
 
 def check_version() -> None:

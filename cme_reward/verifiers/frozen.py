@@ -76,7 +76,8 @@ class FrozenModel:
 
     def prefix(self, ids: np.ndarray) -> Any:
         """The cache after reading `ids`, for `logprobs`, which leaves it as it is."""
-        return self.run_body(self._tensor(ids[None]), use_cache=True).past_key_values
+        output = self.run_body(self._tensor(ids[None]), use_cache=True)
+        return getattr(output, self.cache_name)
 
     def logprobs(
         self, contexts: Sequence[np.ndarray], responses: Sequence[np.ndarray], cache: Any = None
@@ -102,8 +103,8 @@ class FrozenModel:
 
         output = self.run_body(
             self._tensor(ids_BT),
-            past_key_values=None if cache is None else _copies(cache, len(inputs)),
             use_cache=cache is not None,
+            **{self.cache_name: None if cache is None else _copies(cache, len(inputs))},
         )
         b_N = np.repeat(np.arange(len(inputs)), [len(r) for r in responses])
         t_N = np.concatenate(
@@ -145,6 +146,9 @@ class FrozenModel:
         bodies = (model.base_model, model.get_decoder(), getattr(model, "model", None))
         self.body: Any = next((b for b in bodies if self._holds(head_agrees, b)), model)
         self.run_body = self.body
+        # transformers 5.24 has renamed it, and warns of the old name.
+        parameters = inspect.signature(self.body.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.splits = self.body is not model
         # Where positions are encoded by the length of the pass, companions change the result.
         self.alone = not self.splits or _length_dependent(model.config.get_text_config())
@@ -157,10 +161,11 @@ class FrozenModel:
     def _cache_agrees(self, ids_1T: torch.Tensor, whole_TD: torch.Tensor) -> bool:
         """Whether the body gives the hidden states of `whole_TD` after a cached prefix too."""
         start = ids_1T.shape[1] // 2
-        cache = self.run_body(ids_1T[:, :start], use_cache=True).past_key_values
+        cache = getattr(self.run_body(ids_1T[:, :start], use_cache=True), self.cache_name)
         for copies in (2, 1):
             ids = ids_1T[:, start:].expand(copies, -1)
-            output = self.run_body(ids, past_key_values=_copies(cache, copies), use_cache=True)
+            given = {self.cache_name: _copies(cache, copies)}
+            output = self.run_body(ids, use_cache=True, **given)
             if not self._hidden_agree(output.last_hidden_state[-1], whole_TD[start:]):
                 return False
         return True

@@ -171,6 +171,12 @@ def _loading(name_or_path: str, options: dict[str, Any]) -> Iterator[None]:
             f"of transformers' from_pretrained; check the spelling. transformers says: {error}"
         ) from error
     except (OSError, ValueError) as error:
+        asked = options.get("attn_implementation")
+        if asked and "does not support" in str(error) and "ttention" in str(error):
+            raise ConfigError(
+                f"attn_implementation={asked!r} does not go with {name_or_path!r}: expected "
+                f"'eager', or none for the best that does. transformers says: {error}"
+            ) from error
         raise VerifierError(
             f"cannot load verifier {name_or_path!r}: expected a directory with config.json, "
             "weights and tokenizer.json, or the name of a causal model on the hub (check the "

@@ -118,7 +118,16 @@ def test_settings_from_the_environment_and_a_file(
         load_settings()
     monkeypatch.delenv("CME_VERIFIER_PLACEMENT")
     monkeypatch.setenv("CME_VERIFIER_GPUS", "one")
-    with pytest.raises(ConfigError, match="verifier_gpus='one' cannot be read"):
+    with pytest.raises(
+        ConfigError, match="verifier_gpus='one' cannot be read; expected float or n"
+    ):
+        load_settings()
+    monkeypatch.delenv("CME_VERIFIER_GPUS")
+    monkeypatch.setenv("CME_SETTINGS", str(file))
+    file.write_text("verifier: embedded\ngenerator_tokenizer: 012\n")  # ten, in YAML
+    with pytest.raises(
+        ConfigError, match=r"generator_tokenizer=10 .* expected text \(in YAML, in q"
+    ):
         load_settings()
 
 

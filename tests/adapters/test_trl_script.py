@@ -58,6 +58,42 @@ def test_every_setting_of_trl_can_be_given(script: dict[str, Any]) -> None:
         script["grpo_config"](script["options"](["--trl", "loss_typ=grpo"]))
 
 
+def test_settings_of_trl_are_read_as_their_type(script: dict[str, Any]) -> None:
+    """YAML takes `no` for false wherever it stands, and `1e-3` for a text."""
+    given = {
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "adam_epsilon": "1e-3",
+        "bf16": "no",
+        "top_k": "5",
+        "run_name": "012",
+        "hub_model_id": "null",
+        "chat_template_kwargs": "{enable_thinking: false}",
+        "reward_weights": "[1.0, 0.5]",
+    }
+    words = [word for key, value in given.items() for word in ("--trl", f"{key}={value}")]
+    args = script["grpo_config"](script["options"](words))
+    assert (args.save_strategy, args.logging_strategy) == ("no", "no")
+    assert (args.adam_epsilon, args.bf16, args.top_k, args.run_name) == (1e-3, False, 5, "012")
+    assert args.hub_model_id is None
+    assert args.chat_template_kwargs == {"enable_thinking": False}
+    assert args.reward_weights == [1.0, 0.5]
+    for wrong, message in (
+        ("save_steps=often", "--trl save_steps='often' cannot be read; expected float"),
+        ("bf16=maybe", "--trl bf16='maybe' cannot be read; expected true or false"),
+        ("reward_weights=1", r"--trl reward_weights='1' cannot be read; expected a list such as"),
+        ("save_strategy=sometimes", "GRPOConfig refuses: .*sometimes.* not a valid SaveStrategy"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            script["grpo_config"](script["options"](["--precision", "fp32", "--trl", wrong]))
+
+
+def test_a_wrong_setting_ends_it_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--trl", "save_steps=often"])
+    with pytest.raises(SystemExit, match=r"^train\.py: --trl save_steps='often' cannot be read"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
 def test_an_update_is_divided_evenly(
     script: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +139,7 @@ def test_it_trains(policy_folder: str, tmp_path: Path, monkeypatch: pytest.Monke
     arguments = [
         *("--model", policy_folder, "--verifier", "embedded", "--output", str(output)),
         *("--prompts", str(ROOT / "examples" / "gsm8k.jsonl"), "--precision", "fp32"),
-        *("--set", "eos=mask", "--trl", "gradient_checkpointing=false", "--trl", "save_steps=1"),
+        *("--set", "eos=mask", "--trl", "gradient_checkpointing=no", "--trl", "save_steps=1"),
         *(*small.split(), "--response-tokens", "8", "--learning-rate", "0.01"),
     ]
     for more in ([], ["--resume", "--steps", "3"]):
@@ -142,6 +178,13 @@ def test_another_reward_is_one_option(
         assert f"{name}/repetition" in log
         assert ("rlme/positive_1" in log) == (name == "rlme")
         assert ("self/coverage" in log) == (name == "self")
-    for wrong in ("per_token", "questions=[Is it true?, Is it polite?]"):
-        with pytest.raises(ConfigError, match="expected KEY=VALUE with a value in YAML"):
+    for wrong, message in (
+        ("per_token", "'per_token': expected KEY=VALUE with a value in YAML"),
+        (
+            "questions=[Is it true?, Is it polite?]",
+            "questions='.*' cannot be read; expected a value",
+        ),
+        ("question=no", "question='no' cannot be read; expected a value in YAML, a text in quotes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             script["reward_options"](script["options"](["--reward-set", wrong]))

@@ -1,4 +1,4 @@
-"""In every process of the rig: CUDA calls that do nothing, and a record of the advantages.
+"""In every process of the rig: CUDA calls that do nothing, no compiler, a record of the advantages.
 
 Modules are changed right after they are loaded, so that processes without them stay quick.
 """
@@ -30,6 +30,20 @@ def _device_mesh(module: Any) -> None:
     original = module.init_device_mesh
     module.init_device_mesh = lambda device, *args, **kwargs: original(
         "cpu" if device == "cuda" else device, *args, **kwargs
+    )
+
+
+def _deepspeed_ops(module: Any) -> None:
+    # Where it cannot be built, DeepSpeed leaves messages to torch.distributed.
+    module.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _deepspeed_engine(module: Any) -> None:
+    """`torch_adam`, a setting of DeepSpeed's: torch's AdamW, where its own is compiled with g++."""
+    engine = module.DeepSpeedEngine
+    inner = engine.get_optimizer_configuration
+    engine.get_optimizer_configuration = lambda self, parameters, *args, **kwargs: inner(
+        self, {**parameters, "torch_adam": True}, *args, **kwargs
     )
 
 
@@ -77,6 +91,8 @@ def _record(module: Any) -> None:
 _AFTER = {
     "torch": _torch,
     "torch.distributed.device_mesh": _device_mesh,
+    "deepspeed.ops": _deepspeed_ops,
+    "deepspeed.runtime.engine": _deepspeed_engine,
     "openrlhf.trainer.ppo_trainer": _record,
 }
 
