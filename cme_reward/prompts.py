@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ Prompt = str | Sequence[Message]
 PROMPTS_KEPT = 2048, 2**24
 """Most prompts that are remembered, as many as are in the works at a time, and characters."""
 
-_USER, _REPLY, _NEXT = "cme question", "cme answer", "cme observation"  # contents to look for
+_USER, _REPLY = "cme question", "cme answer"  # contents to look for
 
 
 class PromptFormat:
@@ -157,66 +156,6 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
     """The system prompt at the head of the first user message, for templates without that role."""
     turned = [{**m, "role": "user"} if m["role"] == "system" else m for m in messages]
     return _plain_roles(turned)
-
-
-class EnvironmentReader:
-    """Reads the tokens an environment put between two turns of a generator.
-
-    Tokens without special tokens are text inside the same assistant turn. Others are messages in
-    the generator's own chat template, and are taken out of its markup.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._wrappers: list[tuple[str, str]] | None = None
-
-    def messages(self, text: str) -> list[Message]:
-        """The messages in the environment's text, special tokens included.
-
-        Raises:
-            InputError: where the text is not in the generator's template.
-        """
-        if self._wrappers is None:
-            self._wrappers = list(self._find_wrappers())
-        text = text.strip()
-        for opening, closing in self._wrappers:
-            end_of_turn = closing.split(maxsplit=1)[0] if closing.split() else ""
-            pattern = re.compile(
-                rf"(?:{re.escape(end_of_turn)}\s*)?{re.escape(opening)}(.*){re.escape(closing)}",
-                re.DOTALL,
-            )
-            found = pattern.fullmatch(text)
-            if found:
-                between = rf"{re.escape(end_of_turn)}\s*{re.escape(opening)}"
-                return [{"role": "user", "content": c} for c in re.split(between, found[1])]
-        raise InputError(
-            f"cannot read the tokens between two assistant turns as messages: {text[:200]!r} is "
-            f"not in the chat template of {self.tokenizer.name_or_path!r}, which writes "
-            f"{self._wrappers!r} around one. Expected that, or text without special tokens"
-        )
-
-    def _find_wrappers(self) -> Any:
-        """`(opening, closing)` around the content, for each role an environment may speak in."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            return
-        for role in ("user", "tool"):
-            try:
-                written = self.tokenizer.apply_chat_template(
-                    [*_example(), {"role": role, "content": _NEXT}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            except TemplateError:
-                continue
-            between, found, closing = written.partition(_REPLY)[2].partition(_NEXT)
-            if found:
-                # What ends the assistant's turn comes first, and was sampled with it.
-                ending = between.split(maxsplit=1)
-                end = closing.split(maxsplit=1)[0] if closing.split() else ""
-                opening = between.strip()
-                if ending and end and opening.startswith(end):
-                    opening = opening[len(end) :].lstrip()
-                yield opening + between[len(between.rstrip()) :], closing.rstrip()
 
 
 def prompt_key(prompt: Prompt) -> str:

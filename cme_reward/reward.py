@@ -18,8 +18,9 @@ from cme_reward._rows import flat_like, on_host
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.environment import EnvironmentReader
 from cme_reward.errors import InputError
-from cme_reward.prompts import EnvironmentReader, Prompt, PromptFormat
+from cme_reward.prompts import Prompt, PromptFormat
 from cme_reward.scoring import MemberScorer, SegmentScores, without_blocking
 from cme_reward.segments import Segment, split_turns
 from cme_reward.spans import SpanTable

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64
 from cme_reward._utf8 import WHOLE_CHAR
-from cme_reward.prompts import EnvironmentReader, Message, Prompt, as_messages
+from cme_reward.conversation.environment import EnvironmentReader
+from cme_reward.prompts import Message, Prompt, as_messages
 from cme_reward.spans import NO_TEXT, SpanTable
 
 
@@ -71,23 +72,26 @@ def split_turns(
     segments = []
     ends_of_turn = set(eos_ids.tolist())
     for b, bounds in enumerate(runs):
-        chat_prompt, chat_said, said = prompts[b], "", ""
-        previous = 0
+        chat_prompt = prompts[b]
+        # A string is not known to have been rendered by the generator's template.
+        said = chat_said = "" if isinstance(prompts[b], str) else reader.prefill
+        previous, closed, sampled_end = 0, False, None
         for start, stop in bounds:
             if start > previous:
-                written = ids[b][previous:start]
-                text, inline, messages = _environment(written, table, reader)
-                said += text
-                if inline:
-                    chat_said += text
-                else:
+                written = reader.read(ids[b][previous:start], sampled_end)
+                if written.closes or (closed and not written.text.strip()):
                     turn: list[Message] = [{"role": "assistant", "content": chat_said}]
                     chat_prompt = [
                         *as_messages(chat_prompt),
                         *(turn if previous else []),
-                        *messages,
+                        *written.messages,
                     ]
-                    chat_said = ""
+                    words = [m["content"] for m in written.messages if m["content"].strip()]
+                    said += "\n\n".join(["", *words, written.prefill])
+                    chat_said = written.prefill
+                else:
+                    said += written.text
+                    chat_said += written.text
             text, ends, kinds = next(decoded)
             segments.append(
                 Segment(
@@ -106,8 +110,10 @@ def split_turns(
                 )
             )
             said += text
-            chat_said += text
-            previous = stop
+            chat_said += segments[-1].as_message()[0]
+            with_text = np.flatnonzero(kinds != NO_TEXT)
+            sampled_end = ids[b][start + (int(with_text[-1]) + 1 if with_text.size else 0) : stop]
+            previous, closed = stop, segments[-1].eos is not None
     return segments
 
 
@@ -115,17 +121,6 @@ def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Bounds of the runs of True."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
     return [(int(i), int(j)) for i, j in edges.reshape(-1, 2)]
-
-
-def _environment(
-    ids: Int64, table: SpanTable, reader: EnvironmentReader
-) -> tuple[str, bool, list[Message]]:
-    """Text without special tokens; whether it stays in the same turn; the messages otherwise."""
-    texts, _, (kinds,) = table.decode_batch([ids])
-    if not texts[0].strip() or not (kinds == NO_TEXT).any():
-        return texts[0], True, []
-    marked_up = reader.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-    return texts[0], False, reader.messages(marked_up)
 
 
 def _turn_end(ids: Int64, kinds: NDArray[np.uint8], eos_ids: set[int]) -> int | None:

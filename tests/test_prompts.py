@@ -7,7 +7,7 @@ import pytest
 from conftest import load_tokenizer
 
 from cme_reward import CMEConfig, InputError
-from cme_reward.prompts import EnvironmentReader, PromptFormat
+from cme_reward.prompts import PromptFormat
 
 # Refuses what Gemma's template refuses: a second speaker of the same role, and unknown roles.
 STRICT = (
@@ -130,21 +130,6 @@ def test_a_conversation_no_role_of_which_fits_is_refused() -> None:
             PromptFormat(tokenizer).render(wrong)
 
 
-def test_what_an_environment_wrote_is_read_out_of_the_markup() -> None:
-    reader = EnvironmentReader(load_tokenizer("byte-level"))
-    user = "<|im_start|>user\nresult: 3<|im_end|>\n<|im_start|>assistant\n"
-    expected = [{"role": "user", "content": "result: 3"}]
-    # With and without the end of the assistant's turn, which may have been sampled.
-    for text in (user, "\n" + user, "<|im_end|>\n" + user):
-        assert reader.messages(text) == expected
-    tool = user.replace("user\n", "tool\n")
-    assert reader.messages(tool) == expected
-    two = "<|im_start|>tool\na<|im_end|>\n<|im_start|>tool\nb<|im_end|>\n<|im_start|>assistant\n"
-    assert [m["content"] for m in reader.messages(two)] == ["a", "b"]
-    with pytest.raises(InputError, match="cannot read the tokens between two assistant turns"):
-        reader.messages("<|im_start|>nonsense")
-
-
 def test_real_templates(shared: Any) -> None:
     names = ["gemma3", "qwen2.5", "llama2", "llama3", "olmo2-dolma2"] if shared else ["byte-level"]
     for name in names:
@@ -158,13 +143,3 @@ def test_real_templates(shared: Any) -> None:
             .endswith(("model", "assistant", "[/INST]", "<|end_header_id|>", "<|assistant|>"))
         )
         assert prompt.end_of_turn in tokenizer.added_tokens_decoder
-        conversation = [
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Yes?"},
-            {"role": "user", "content": "NEXT"},
-        ]
-        text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=True
-        )
-        between = text.partition("Yes?")[2]
-        assert EnvironmentReader(tokenizer).messages(between) == [conversation[2]], name
