@@ -177,16 +177,6 @@ def naive_rewards(
 
     `writer` is the policy's tokenizer, where that is not `tokenizer()`.
     """
-    rewards, logp = naive_scores(prompt, ids, by, writer)
-    by = verifier() if by is None else by
-    uniform = -float(torch.tensor(len(by.tokenizer)).log())
-    return rewards, statistics.fmean(logp) if logp else uniform
-
-
-def naive_scores(
-    prompt: str | list[dict[str, str]], ids: list[int], by: Any = None, writer: Any = None
-) -> tuple[list[float | None], list[float]]:
-    """Reward of each token (None where masked), and the log-prob of each of the verifier's."""
     by = verifier() if by is None else by
     writer = tokenizer() if writer is None else writer
     reader = by.tokenizer
@@ -209,7 +199,7 @@ def naive_scores(
         rewards.append(None if end == start or shown.isspace() else float(value))
     if ended:
         rewards[-1] = logp[-1]
-    return rewards, logp
+    return rewards, statistics.fmean(logp) if logp else -float(torch.tensor(len(reader)).log())
 
 
 def normalised(values: list[float | None], *, scale: str, eps: float) -> list[float]:

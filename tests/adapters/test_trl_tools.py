@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trl_tiny as tiny
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl.chat_template_utils import llama3_1_chat_template
+from trl.chat_template_utils import llama3_1_chat_template, qwen3_chat_template
 
-from cme_reward import CMEConfig
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
 MARKUP = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -127,15 +126,11 @@ def turns(
     return found
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_two_turns_and_what_a_tool_said(
-    level: str, llama: Any, policy: Any, tmp_path: Path
-) -> None:
+def test_two_turns_and_what_a_tool_said(llama: Any, policy: Any, tmp_path: Path) -> None:
     shown = Shown(tiny.verifier())
-    config = CMEConfig(level=level)
     made = CMEGRPOTrainer(
         policy,
-        cme_reward_func(shown, llama, config),
+        cme_reward_func(shown, llama),
         tiny.arguments(
             tmp_path,
             max_completion_length=120,
@@ -151,26 +146,17 @@ def test_two_turns_and_what_a_tool_said(
     assert len(rows) == 8
     asked, worst, heard = [], 0.0, set()
     for group in tiny.by_prompt(rows):
-        rewards, sequence = [], []
+        rewards = []
         for row in group:
-            of_row, logp = [None] * len(row["ids"]), []
+            of_row = [None] * len(row["ids"])
             for where, messages in turns(llama, row["prompt"], row["ids"], row["sampled"]):
                 heard |= {m["content"] for m in messages if m["role"] == "tool"}
                 ids = row["ids"][where]
-                of_row[where], found = tiny.naive_scores(messages, ids, writer=llama)
-                logp += found
+                of_row[where], _ = tiny.naive_rewards(messages, ids, writer=llama)
                 asked.append(verifiers_own(messages, llama.decode(ids, skip_special_tokens=True)))
             rewards.append(of_row)
-            sequence.append(statistics.fmean(logp))
         assert [sum(row["sampled"]) < len(row["ids"]) for row in group].count(True) == 3
-        if level == "token":
-            want = tiny.per_position(rewards)
-        else:
-            same = tiny.normalised(sequence, scale="std", eps=config.eps)
-            want = [
-                [advantage * own for own in row["sampled"]]
-                for row, advantage in zip(group, same, strict=True)
-            ]
+        want = tiny.per_position(rewards)
         worst = max(worst, tiny.worst_error(group, want))
         assert max(abs(a) for row in want for a in row) > 0.5
     assert worst <= 1e-5
@@ -179,6 +165,29 @@ def test_two_turns_and_what_a_tool_said(
     read = [tiny.verifier().tokenizer.decode(p + r) for p, r in shown.asked]
     assert sorted(text.removesuffix("<|end|>") for text in read) == sorted(asked)
     assert not [mark for mark in ("header_id", "eot_id", "ipython") if mark in "".join(read)]
+
+
+def test_a_template_is_read_with_what_trl_gives_it(tmp_path: Path) -> None:
+    """Qwen3's without thinking, in whose place TRL puts one that leaves earlier turns alone."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", qwen3_chat_template
+    reward = cme_reward_func(tiny.verifier(), tokenizer)
+    assert reward.scorer.reader.prefill == ""
+    made = CMEGRPOTrainer(
+        tiny.policy(len(tokenizer)),
+        reward,
+        tiny.arguments(tmp_path, chat_template_kwargs={"enable_thinking": False}),
+        Dataset.from_list(tiny.CHAT),
+        processing_class=tokenizer,
+        tools=[say],
+    )
+    assert made.chat_template not in (None, qwen3_chat_template)
+    ids = made._get_tool_suffix_ids([{"role": "tool", "name": "say", "content": "Five."}])
+    assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    read = made._cme.reader.read(np.array(ids))
+    assert read.messages == [{"role": "tool", "content": "Five."}]
+    assert read.prefill == made._cme.reader.prefill == "<think>\n\n</think>\n\n"
 
 
 def rows_of(tokenizer: Any, inputs: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -266,23 +266,21 @@ def with_observations(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def naive_rewards(
-    prompt: str | list[dict[str, str]], ids: list[int]
-) -> tuple[list[float | None], float]:
+def naive_rewards(prompt: str, ids: list[int]) -> tuple[list[float | None], float]:
     """Reward of each token (None where masked) and the sequence reward, for one assistant turn."""
-    _, rewards, logp = naive_scores(prompt, ids, tokenizer(), EOS)
+    messages = [{"role": "user", "content": prompt}]
+    _, rewards, logp = naive_scores(messages, ids, tokenizer(), EOS)
     return rewards, statistics.fmean(logp) if logp else -float(torch.tensor(2048.0).log())
 
 
 def naive_scores(
-    prompt: str | list[dict[str, str]], ids: list[int], writer: Any, end_of_turn: str
+    messages: list[dict[str, str]], ids: list[int], writer: Any, end_of_turn: str
 ) -> tuple[list[int], list[float | None], list[float]]:
     """What the verifier reads, prompt and response; rewards; and log-probs of its tokens.
 
     `ids` are one assistant turn in tokens of `writer`; rewards are None where masked.
     """
     reader = verifier().tokenizer
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     (text,), (generator_ends,), (kinds,) = SpanTable(writer).decode_batch([ids])
     ends = generator_ends.tolist()  # twelfths of a character

@@ -34,7 +34,7 @@ MISTRAL = (
 # As OLMo 2 writes it: the markup is no special tokens, but plain text.
 OLMO = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
-    "<|assistant|>\n{{ m.content }}{{ eos_token }}{% if not loop.last %}\n{% endif %}"
+    "<|assistant|>\n{{ m.content }}{{ eos_token }}{{ '' if loop.last else '\n' }}"
     "{% else %}<|{{ m.role }}|>\n{{ m.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )

@@ -180,6 +180,7 @@ def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
     # Validation's responses do not reach the actor.
     trained = set(map(tuple, verifier.asked))
     assert trained < set(map(tuple, asked(done)))
+    assert f"{OBSERVATION}\n" not in "".join(map(verifier.tokenizer.decode, asked(done)))
     last = done.steps()[-1]
     assert last["cme/responses"] == 16
     assert last["val-cme/responses"] == 2
