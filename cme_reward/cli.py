@@ -277,7 +277,8 @@ def check_pair(
     the text's log-probability would be dropped; and then the chat templates and special tokens,
     and whether the two tokenizers are of the same family.
 
-    **Exit status.** 0: all texts are aligned exactly. 1: some are not. 2: error.
+    **Exit status.** 0: all texts are aligned exactly. 1: some are not, or a tokenizer loses text.
+    2: error.
 
     Example: `cme-reward check-pair Qwen/Qwen2.5-0.5B-Instruct google/gemma-3-1b-it`
     """

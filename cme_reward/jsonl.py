@@ -88,17 +88,18 @@ def parse_row(
             "has response_ids, but whose ids are they? Name the tokenizer of the model that "
             "sampled them with --generator-tokenizer"
         )
-    ids = _list(given, "response_ids", "token ids", lambda i: type(i) is int and i >= 0)
-    for position, i in enumerate(ids):
-        if i >= vocab_size:
-            raise InputError(
-                f"response_ids[{position}] is {i}, but the generator's tokenizer has ids 0 to "
-                f"{vocab_size - 1}; were they sampled with another tokenizer?"
-            )
+    ids = _list(given, "response_ids", "token ids", lambda i: type(i) is int and abs(i) < 2**63)
     mask = policy = None
     if "response_mask" in given:
         flags = _list(given, "response_mask", "0s and 1s", lambda m: m in (0, 1), len(ids))
         mask = [bool(flag) for flag in flags]
+    for position, i in enumerate(ids):
+        if not 0 <= i < vocab_size and (mask is None or mask[position]):
+            raise InputError(
+                f"response_ids[{position}] is {i}, but the generator's tokenizer has ids 0 to "
+                f"{vocab_size - 1}; were they sampled with another tokenizer? Padding has "
+                "response_mask 0"
+            )
     if needs_policy:
         if "policy_logprobs" not in given:
             raise InputError(

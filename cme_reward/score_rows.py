@@ -62,11 +62,10 @@ def _score(
     encoded = iter(scorer.table.encode_batch(texts).ids)
     ending = [] if eos_id is None else [eos_id]
     ids = [next(encoded).tolist() + ending if row.ids is None else row.ids for row in rows]
-    masks = [row.mask or [True] * len(i) for row, i in zip(rows, ids, strict=True)]
     batch = scorer(
         [row.prompt for row in rows],
         ids,
-        masks if any(row.mask for row in rows) else None,
+        [row.mask for row in rows],
         [row.policy for row in rows] if scorer.config.baseline == "policy" else None,
     )
     counts["truncated"] += int(batch.metrics["truncated"])

@@ -164,7 +164,7 @@ BAD_LINES = [
     (b'{"messages": [{"role": "user"}], "response": "x"}', "expected a list of messages"),
     (b'{"prompt": "x", "response": 5}', "response is 5; expected text"),
     (b'{"prompt": "x", "response_ids": "5"}', 'response_ids is "5"; expected a list of token ids'),
-    (b'{"prompt": "x", "response_ids": [1, -1]}', "response_ids[1] is -1; expected token ids"),
+    (b'{"prompt": "x", "response_ids": [1, -1]}', "response_ids[1] is -1, but"),
     (b'{"prompt": "x", "response_ids": [true]}', "response_ids[0] is true"),
     (b'{"prompt": "x", "response_ids": [1.5]}', "response_ids[0] is 1.5"),
     (b'{"prompt": "x", "response_ids": [999999]}', "has ids 0 to "),
@@ -228,6 +228,30 @@ def test_ids_need_their_tokenizer(model: Path) -> None:
     assert "line 1: has response_ids, but whose ids are they?" in result.stderr
     assert "--generator-tokenizer" in result.stderr
     assert len(parsed(result.stdout)) == 1
+
+
+def test_padding_under_mask_0_and_after_the_first_end(model: Path) -> None:
+    tokenizer = load_tokenizer("byte-level")
+    ids = [*tokenizer.encode("one said Lily", add_special_tokens=False), tokenizer.eos_token_id]
+    n = len(ids)
+    rows: list[dict[str, Any]] = [
+        {"prompt": "x", "response_ids": ids},
+        {"prompt": "x", "response_ids": [*ids, -100], "response_mask": [1] * n + [0]},
+        {"prompt": "x", "response_ids": [*ids, ids[-1], ids[-1]]},
+        {
+            "prompt": "x",
+            "response_ids": [ids[0], -100, *ids[1:]],
+            "response_mask": [1, 0] + [1] * (n - 1),
+        },
+    ]
+    args = ("score", "-", "--verifier", f"hf:{model}", "--generator-tokenizer", model)
+    result = run(*args, stdin=lines(rows), status=1)
+    alone, *padded = parsed(result.stdout)
+    for row in padded:
+        assert row["sequence_reward"] == alone["sequence_reward"]
+        assert row["mask"][:n] == alone["mask"]
+        assert not any(row["mask"][n:])
+    assert "line 4: response 0, position 1 has mask 0" in result.stderr
 
 
 def test_masks_and_policy_log_probs_are_honoured(model: Path) -> None:

@@ -186,7 +186,7 @@ IDS = {"prompts": ["a"], "response_ids": [[5, 6]]}
         ),
         (b'{"prompts":["\\ud800"],"responses":["b"]}', 422, "ValidationError", "half of a surrog"),
         (IDS | {"response_ids": [[5, "6"]]}, 422, "ValidationError", r"ids\[0\]\[1\]: .*integer"),
-        (IDS | {"response_ids": [[-1]]}, 422, "ValidationError", "greater than or equal to 0"),
+        (IDS | {"response_ids": [[-1]]}, 422, "InputError", "id -1 is not in the vocabulary"),
         (IDS | {"response_ids": [[5_000]]}, 422, "InputError", "id 5000 is not in the vocabulary"),
         (IDS | {"response_masks": [[1]]}, 422, "InputError", "response 0 has shape"),
         (GOOD | {"response_masks": [[1]]}, 422, "InputError", "goes by sampled tokens"),
@@ -255,6 +255,13 @@ def test_options_of_the_native_endpoint(embedded: Any, generator: Any) -> None:
     rewards = expected.token_rewards[0].tolist()
     assert got["token_rewards"][0] == pytest.approx(rewards, abs=TOLERANCE)
     assert got["masks"] == expected.mask.tolist()
+
+    # Under mask 0 any integer is padding.
+    body = {"prompts": ["Count."], "return_tokens": True}
+    body |= {"response_ids": [[*ids, -100]], "response_masks": [[*mask, 0]]}
+    got = ask(embedded, generator, "/v1/score", body).json()
+    assert got["token_rewards"][0] == pytest.approx([*rewards, 0], abs=TOLERANCE)
+    assert got["tokens"][0][-1] == ""
 
 
 def test_the_configuration_is_the_servers(generator: Any) -> None:

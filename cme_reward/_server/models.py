@@ -21,7 +21,8 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(strict=True, gt=-(2**31), lt=2**31)]
+"""Below 0: padding, under mask 0."""
 Flag = bool | Literal[0, 1]
 LogProb = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,8 +79,11 @@ class RLME(Comparator):
         relative: bool = False,
         template: str | None = None,
         per_token: bool = False,
+        eos_token_ids: Iterable[int] | None = None,
     ) -> None:
-        super().__init__(generator_tokenizer, config, per_token=per_token)
+        super().__init__(
+            generator_tokenizer, config, per_token=per_token, eos_token_ids=eos_token_ids
+        )
         self.verifier = load_verifier(verifier) if isinstance(verifier, str) else verifier
         if isinstance(questions, str) or not questions:
             raise ConfigError(f"questions={questions!r}; expected a list of at least one question")

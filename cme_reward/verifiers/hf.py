@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from cme_reward._forks import renew_after_fork
 from cme_reward.errors import ConfigError, InputError, TokenizerError, VerifierError
 from cme_reward.verifiers.base import Closes, TokenIds
 from cme_reward.verifiers.frozen import FrozenModel, input_device, length_limit
 from cme_reward.verifiers.offload import OffloadedWeights
 from cme_reward.verifiers.pretrained import choose_attention, load_trained, load_untrained
+from cme_reward.verifiers.whole import check_whole
 
 # Below this saving in tokens, batching across prompts beats running a prompt on its own.
 WORTH_SHARING = 1.1
@@ -91,6 +93,7 @@ class TransformersVerifier(Closes):
             raise ConfigError(
                 f"{offload=}: expected 'between_calls', or None to keep the weights where they are"
             )
+        check_whole(model, self.name)
         choose_attention(model, getattr(model.config, "_attn_implementation", None))
         self.tokenizer = tokenizer
         self.max_length = length_limit(model.config, tokenizer, max_length)
@@ -112,13 +115,18 @@ class TransformersVerifier(Closes):
         if batch_tokens is None:
             batch_tokens = 512 if self.frozen.device.type == "cpu" else 16_384
         self.batch_tokens = 1 if self.frozen.alone else batch_tokens
+        self._renew()
+
+    def _renew(self) -> None:
         self._turn = Lock()
+        renew_after_fork(self, TransformersVerifier._renew)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_turn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _turn=Lock())
+        vars(self).update(state)
+        self._renew()
 
     @classmethod
     def from_pretrained(
