@@ -54,9 +54,10 @@ class Scorer:
         self._clock = BusyClock()
         verifier = _shared(open_verifier(settings, config, router_address), settings, self._clock)
         tokenizer, stops = _generator(config)
-        self._cme = CrossModelEntropy(verifier, tokenizer, settings.cme)
         given = config["data"].get("apply_chat_template_kwargs") or {}
-        self._cme.reader = self._cme.reader.given(dict(given))
+        self._cme = CrossModelEntropy(
+            verifier, tokenizer, settings.cme, generator_template_kwargs=dict(given)
+        )
         special = special_ids(tokenizer)
         self._cme.eos_ids = np.union1d(self._cme.eos_ids, np.intersect1d(stops, special))
         # Models pad their vocabulary. An id that the tokenizer lacks has no text and no reward, as

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -63,6 +63,7 @@ def policy_tokenizer(family: str = "chatml") -> PreTrainedTokenizerFast:
     """
     template, special = FAMILIES[family]
     backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()  # transformers gives it to every Qwen2
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
