@@ -386,15 +386,21 @@ def test_the_agent_by_its_file(modules: SimpleNamespace) -> None:
     ],
     ids=["chatml", "gemma"],
 )
+@pytest.mark.parametrize("silent", [False, True])
 def test_several_turns_with_an_environment(
     modules: SimpleNamespace,
     writer: Any,
     end_of_turn: str,
     feedback: str,
+    silent: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Feedback is shown to the verifier and not scored; its reward is on every scored token."""
+    """Feedback is shown to the verifier and not scored; its reward is on every scored token.
+
+    An environment that says nothing leaves two turns next to each other.
+    """
     monkeypatch.setenv("CME_ENVIRONMENT_WEIGHT", "0.5")
+    feedback = "" if silent else feedback
 
     class Twice(modules.agent.AgentInstanceBase):
         def __init__(self) -> None:
@@ -440,7 +446,7 @@ def test_several_turns_with_an_environment(
     conversation = [
         *asked,
         {"role": "assistant", "content": said},
-        {"role": "user", "content": "Again, please."},
+        *([] if silent else [{"role": "user", "content": "Again, please."}]),
     ]
     rewards = runs.naive_scores(conversation, ids[slice(*second)], writer, end_of_turn)[1]
     want = [float("nan") if r is None else r + 1.5 for r in rewards]
