@@ -47,7 +47,7 @@ class CMEConfig:
     thinking: str = "score"
     """"score" (paper): thoughts and answer are one text. "condition": thoughts are shown to the
     verifier and not scored, so that the reward is of the answer given the thoughts. "hide": the
-    verifier reads the answer alone. See docs/thinking.md."""
+    verifier reads the answer alone. See docs/conversations.md."""
 
     thinking_tags: Sequence[str] = ("<think>", "</think>")
     """What opens and closes a thought in the generator's responses."""

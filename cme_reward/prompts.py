@@ -25,6 +25,7 @@ from cme_reward._messages import (
 from cme_reward._pieces import special_ids
 from cme_reward._ragged import Int64
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.markup import find_prefill
 from cme_reward.errors import InputError
 
 PROMPTS_KEPT = 2048, 2**24
@@ -45,6 +46,7 @@ class PromptFormat:
             neither.
         lead: white space that the template writes between the generation prompt and the message
             (Llama-2 has one space), to be put in front of responses.
+        prefill: what the generation prompt writes at the start of the message, such as `<think>`.
     """
 
     def __init__(self, tokenizer: Any, config: CMEConfig = CMEConfig()) -> None:  # noqa: B008 (frozen)
@@ -55,7 +57,8 @@ class PromptFormat:
         self.system_prompt = config.system_prompt
         self.template_kwargs = dict(config.chat_template_kwargs)
         self.end_of_turn: int | None = tokenizer.eos_token_id
-        self.lead = ""
+        self.lead = self.prefill = ""
+        self._tag = config.thinking_tags[0]
         self._forms: LRU[int] = LRU(*PROMPTS_KEPT)
         if self.is_chat:
             self._read_ending()
@@ -74,11 +77,21 @@ class PromptFormat:
         # Llama-2 writes " </s>": the space belongs to no token of its own.
         ids = self.tokenizer.encode(tail.lstrip(" ") or tail, add_special_tokens=False)
         self.end_of_turn = ids[0] if ids else self.end_of_turn
+        self.prefill = find_prefill(self._tried, self._tag)
 
-    def render(self, prompt: Prompt) -> list[int]:
+    def _tried(self, messages: Sequence[Message], *, ask: bool) -> str | None:
+        """The messages as they are; None where the template refuses them."""
+        try:
+            return self._written(messages, add_generation_prompt=ask)
+        except Exception:  # in any way it likes
+            return None
+
+    def render(self, prompt: Prompt, *, prefill: bool = True) -> list[int]:
         """Token ids of everything before a response; never empty, never with a double BOS.
 
-        A string prompt is one user message to a chat model, and plain text to a base model.
+        A string prompt is one user message to a chat model, and plain text to a base model. Without
+        `prefill` the prompt ends where the assistant's message starts, for one that brings a
+        thought of its own.
 
         Raises:
             InputError: for a conversation that the template refuses or does not show in full, or
@@ -93,7 +106,8 @@ class PromptFormat:
             def write(change: Change) -> str:
                 changed = [with_texts(message, change) for message in shown]
                 try:
-                    return self._written(changed, add_generation_prompt=True)
+                    text = self._written(changed, add_generation_prompt=True)
+                    return text if prefill else text.removesuffix(self.prefill)
                 except Exception as error:  # it showed such messages, and objects to what these say
                     raise InputError(self._refusal(_refused(messages, error))) from error
 

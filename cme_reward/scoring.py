@@ -18,6 +18,7 @@ from cme_reward._ragged import Int64, row_offsets
 from cme_reward._utf8 import WHOLE_CHAR
 from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.thinking import starts_with_thought
 from cme_reward.errors import VerifierError
 from cme_reward.prompts import PROMPTS_KEPT, Prompt, PromptFormat
 from cme_reward.segments import Segment
@@ -202,13 +203,18 @@ class MemberScorer:
             prompt, said = (
                 (s.chat_prompt, s.chat_said) if self.format.is_chat else (s.prompt, s.said)
             )
+            # A thought of the response stands in place of one that this template would begin.
+            prefill = not (
+                self.format.prefill
+                and starts_with_thought((said, s.text), self.config.thinking_tags[0])
+            )
             key = prompt_key(prompt), said
-            render = partial(self._render, prompt, said)
-            prompts.append(self._rendered.get(key, render, sum(map(len, key))))
+            render = partial(self._render, prompt, said, prefill)
+            prompts.append(self._rendered.get((*key, prefill), render, sum(map(len, key))))
         return prompts
 
-    def _render(self, prompt: Prompt, said: str) -> Int64:
-        ids = np.array(self.format.render(prompt), dtype=np.int64)
+    def _render(self, prompt: Prompt, said: str, prefill: bool) -> Int64:
+        ids = np.array(self.format.render(prompt, prefill=prefill), dtype=np.int64)
         if said:
             lead = self.format.lead if self.format.is_chat else ""
             ids = np.concatenate([ids, self.table.encode(lead + said)[0]])

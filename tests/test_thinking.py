@@ -169,6 +169,25 @@ def test_a_thought_that_was_cut_off_has_no_answer(mode: str) -> None:
     assert batch.mask[0].tolist() == [False] * (len(ids) - 1) + [True]
 
 
+@pytest.mark.parametrize(
+    ("template", "response", "expected"),
+    [
+        (PREFILLS, "so</think>Four.", "so</think>Four."),  # both begin a thought: there is one
+        (CHATML, "<think>so</think>Four.", "<think>so</think>Four."),
+        (CHATML, "Four.", "Four."),  # read as the thought that the verifier's template begins
+    ],
+)
+def test_a_verifier_whose_template_begins_a_thought(
+    template: str, response: str, expected: str
+) -> None:
+    thinks = copy.deepcopy(load_tokenizer("byte-level"))
+    thinks.chat_template = PREFILLS
+    stub, tokenizer = TableVerifier(thinks), generator(template)
+    CrossModelEntropy(stub, tokenizer)([ASK], [tokenizer.encode(response)])
+    begun = "" if response.startswith("<think>") else "<think>\n"
+    assert shown(stub) == [(HEAD + begun, expected)]
+
+
 def test_several_thoughts_and_a_base_verifier() -> None:
     tokenizer = generator()
     response = "<think>a</think>One, <think>b</think>two."

@@ -75,6 +75,6 @@ def _after_space(text: str, start: int) -> int:
     return len(text) - len(text[start:].lstrip())
 
 
-def starts_with_thought(texts: Iterable[str], tags: tuple[str, str]) -> bool:
+def starts_with_thought(texts: Iterable[str], tag: str) -> bool:
     """Does a message of these texts, one after the other, begin with the opening tag?"""
-    return "".join(texts).lstrip().startswith(tags[0])
+    return "".join(texts).lstrip().startswith(tag)
