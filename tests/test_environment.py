@@ -13,6 +13,8 @@ import pytest
 from conftest import load_tokenizer
 from stubs import TableVerifier
 from templates import NAMES, TOKENS, chat_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from cme_reward import CrossModelEntropy, InputError
 from cme_reward.conversation.environment import EnvironmentReader
@@ -184,6 +186,26 @@ def test_markup_that_is_not_read_is_never_shown(name: str, text: str, sign: str)
         between(chat_tokenizer(name), text)
     assert f"holds {sign[:6]!r}"[:-1] in str(caught.value)
     assert "Expected " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["chatml/special", "olmo-like/text", "mistral-like/text"])
+def test_a_tokenizer_without_bytes_beyond_ascii_reads_its_template(name: str) -> None:
+    """It drops the characters that stand for contents while the template's markup is looked for."""
+    like = chat_tokenizer(name)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    markup = TOKENS.findall(like.chat_template) if name.endswith("special") else []
+    special = ["<s>", "</s>", *sorted(set(markup))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(["".join(map(chr, range(32, 127))) + "\n"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = like.chat_template
+    assert tokenizer.decode(tokenizer.encode("\ue000a")) == "a"
+    observation = message("user", 'OBS "two"\n3')
+    written = tail(tokenizer, [observation])
+    assert written is not None
+    assert between(tokenizer, written).messages == [observation]
 
 
 def test_characters_that_spell_a_special_token_are_words() -> None:

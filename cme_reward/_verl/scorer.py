@@ -54,7 +54,10 @@ class Scorer:
         self._clock = BusyClock()
         verifier = _shared(open_verifier(settings, config, router_address), settings, self._clock)
         tokenizer, stops = _generator(config)
-        self._cme = CrossModelEntropy(verifier, tokenizer, settings.cme)
+        given = config["data"].get("apply_chat_template_kwargs") or {}
+        self._cme = CrossModelEntropy(
+            verifier, tokenizer, settings.cme, generator_template_kwargs=dict(given)
+        )
         special = special_ids(tokenizer)
         self._cme.eos_ids = np.union1d(self._cme.eos_ids, np.intersect1d(stops, special))
         # Models pad their vocabulary. An id that the tokenizer lacks has no text and no reward, as
@@ -237,7 +240,7 @@ class _TimedEndpoint(_Timed):
 
 
 def _generator(config: Mapping[str, Any]) -> tuple[Any, list[int]]:
-    """The policy's tokenizer, and the ids at which its model's generation stops."""
+    """The policy's tokenizer as the rollouts have it, and the ids at which its model stops."""
     from transformers import GenerationConfig
     from verl.utils import hf_tokenizer
 
@@ -245,6 +248,7 @@ def _generator(config: Mapping[str, Any]) -> tuple[Any, list[int]]:
     path = _local(model.get("tokenizer_path") or model["path"])
     trust = bool(model.get("trust_remote_code", False))
     tokenizer = hf_tokenizer(path, trust_remote_code=trust)
+    tokenizer.chat_template = model.get("custom_chat_template") or tokenizer.chat_template
     try:
         stops = GenerationConfig.from_pretrained(_local(model["path"])).eos_token_id
     except OSError:  # there is none, and the tokenizer's own EOS is all

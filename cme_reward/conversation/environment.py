@@ -70,7 +70,11 @@ class EnvironmentReader:
         self.table = SpanTable(tokenizer)
         self.template_kwargs = dict(template_kwargs or {})
         self.is_chat = getattr(tokenizer, "chat_template", None) is not None
-        self._tag = thinking_tags[0]
+        self.thinking_tags = thinking_tags
+
+    def given(self, template_kwargs: Mapping[str, Any]) -> EnvironmentReader:
+        """The same for a template to which a trainer gives these options."""
+        return EnvironmentReader(self.tokenizer, template_kwargs, self.thinking_tags)
 
     @cached_property
     def prefill(self) -> str:
@@ -86,7 +90,7 @@ class EnvironmentReader:
     def _prefill(self) -> str:
         if not self.is_chat:
             return ""
-        return find_prefill(self._render, self._marked.of_text(self._tag))
+        return find_prefill(self._render, self._marked.of_text(self.thinking_tags[0]))
 
     @cached_property
     def markup(self) -> Markup:

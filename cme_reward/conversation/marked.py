@@ -15,6 +15,7 @@ from cme_reward.spans import SpanTable
 # A special token is two surrogates, which no decoded text contains.
 _HIGH, _LOW, _PAGE = 0xD800, 0xDC00, 1024
 MARK = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_PRIVATE = re.compile("([\ue000-\uf8ff])")
 
 
 def is_half(character: str) -> bool:
@@ -64,8 +65,20 @@ class MarkedText:
         return "".join(parts)
 
     def of_text(self, text: str) -> str:
-        """The same of a text that the tokenizer reads, as trainers tokenise what they render."""
-        return self.of_ids(self.tokenizer.encode(text, add_special_tokens=False))
+        """The same of a text that the tokenizer reads, as trainers tokenise what they render.
+
+        Private-use characters, which stand for what a template is given, stay: where the tokenizer
+        has none of them, what is between them is read piece by piece.
+        """
+        whole = self.of_ids(self.tokenizer.encode(text, add_special_tokens=False))
+        if len(_PRIVATE.findall(whole)) == len(_PRIVATE.findall(text)):
+            return whole
+        parts = _PRIVATE.split(text)
+        for k in range(0, len(parts), 2):  # every other one is private
+            part = self.of_ids(self.tokenizer.encode(parts[k], add_special_tokens=False))
+            # A dummy prefix is put in front of a text, not of its parts.
+            parts[k] = part.removeprefix(" ") if k and self.table.dummy_prefix else part
+        return "".join(parts)
 
     def plain(self, marked: str, *, names: bool = True) -> str:
         """The text as characters: special tokens by their names, or left out."""
