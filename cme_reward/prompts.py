@@ -214,13 +214,11 @@ def _refused(messages: Sequence[Message], error: Exception) -> str:
     return f"refuses a conversation of roles {roles}: {error}"
 
 
-def end_ids(tokenizer: Any, eos_token_ids: Iterable[int] | None = None) -> Int64:
-    """Special tokens with which a generator ends a response, sorted: those given, or else its EOS
-    and the token that its chat template writes after an assistant message."""
-    if eos_token_ids is None:
-        ends = (tokenizer.eos_token_id, PromptFormat(tokenizer).end_of_turn)
-        eos_token_ids = {end for end in ends if end is not None}
-    return np.intersect1d(np.fromiter(eos_token_ids, dtype=np.int64), special_ids(tokenizer))
+def end_ids(tokenizer: Any, eos_token_ids: Iterable[int] = ()) -> Int64:
+    """Special tokens with which a generator ends a response, sorted: its EOS, the token that its
+    chat template writes after an assistant message, and those given."""
+    ends = {tokenizer.eos_token_id, PromptFormat(tokenizer).end_of_turn, *eos_token_ids} - {None}
+    return np.intersect1d(np.array(sorted(ends), dtype=np.int64), special_ids(tokenizer))
 
 
 def _example() -> list[Message]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,8 +53,8 @@ class CrossModelEntropy:
         verifier: a `Verifier` or `Ensemble`, see `load_verifier`.
         generator_tokenizer: the sampler's fast tokenizer.
         config: see `CMEConfig`.
-        eos_token_ids: ids with which the generator ends a response. Default: its tokenizer's EOS
-            and the token its chat template writes after an assistant message.
+        eos_token_ids: special tokens with which the generator ends a response, besides its
+            tokenizer's EOS and the token that its chat template writes after an assistant message.
         generator_template_kwargs: what the generator's prompts were rendered with, such as
             `{"enable_thinking": False}` or `{"chat_template": "..."}`. Whatever its generation
             prompt puts at the start of a response (`<think>`) is shown to the verifier in front of
@@ -69,24 +70,38 @@ class CrossModelEntropy:
         generator_tokenizer: Any,
         config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
         *,
-        eos_token_ids: Iterable[int] | None = None,
+        eos_token_ids: Iterable[int] = (),
         generator_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.verifier = verifier
         self.generator_tokenizer = generator_tokenizer
         self.config = config
-        self.special_ids = special_ids(generator_tokenizer)
-        self.eos_ids = end_ids(generator_tokenizer, eos_token_ids)
-        shown = config.special_tokens == "show"
-        self.table = SpanTable(generator_tokenizer, self._inner_specials() if shown else ())
         members = verifier.members if isinstance(verifier, Ensemble) else (verifier,)
         self.members = [MemberScorer(member, config) for member in members]
-        opening, closing = config.thinking_tags
-        self.reader = EnvironmentReader(
-            generator_tokenizer, generator_template_kwargs, (opening, closing)
-        )
-        self._thinking = Thinking(config.thinking, (opening, closing), self._tag_ids())
         self._warned = False
+        self._know_generator(eos_token_ids, generator_template_kwargs)
+
+    def for_generator(
+        self, *, eos_token_ids: Iterable[int] = (), template_kwargs: Mapping[str, Any] | None = None
+    ) -> CrossModelEntropy:
+        """The same reward, for a generator that also stops at these ids, and whose prompts are
+        rendered with these options: what a trainer knows when the reward is made already."""
+        other = copy.copy(self)
+        given = {**self.reader.template_kwargs, **(template_kwargs or {})}
+        other._know_generator([*self.eos_ids.tolist(), *eos_token_ids], given)
+        return other
+
+    def _know_generator(
+        self, eos_token_ids: Iterable[int], template_kwargs: Mapping[str, Any] | None
+    ) -> None:
+        tokenizer, config = self.generator_tokenizer, self.config
+        self.special_ids = special_ids(tokenizer)
+        self.eos_ids = end_ids(tokenizer, eos_token_ids)
+        shown = config.special_tokens == "show"
+        self.table = SpanTable(tokenizer, self._inner_specials() if shown else ())
+        opening, closing = config.thinking_tags
+        self.reader = EnvironmentReader(tokenizer, template_kwargs, (opening, closing))
+        self._thinking = Thinking(config.thinking, (opening, closing), self._tag_ids())
 
     def _inner_specials(self) -> list[int]:
         """Special tokens that can stand inside a response."""

@@ -139,10 +139,11 @@ def _turns(
     for part in parts:
         if part.start > (previous.stop if previous else 0):
             unsampled = row[previous.stop if previous else 0 : part.start]
-            closed = previous is not None and previous.eos is not None
-            end = row[previous.start + (previous.eos or 0) : previous.stop] if closed else None
+            end = None
+            if previous is not None and previous.eos is not None:
+                end = row[previous.start + previous.eos : previous.stop]
             written = reader.read(unsampled[unsampled != PADDING], end)
-            if written.closes or (closed and not written.text.strip()):
+            if written.closes or (end is not None and not written.text.strip()):
                 start = [_Part(written.prefill)] if written.prefill else []
                 turns.append(_Turn(list(written.messages), start))
             else:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from typing import Any, cast
 
-import numpy as np
 import torch
 
-from cme_reward._pieces import special_ids
 from cme_reward._trl.reward import RewardFunction, cme_reward_func, score
 from cme_reward._trl.settings import check_settings, check_tokenizer
 from cme_reward.advantages import group_advantages
@@ -65,14 +62,14 @@ class CMEGRPOTrainer(GRPOTrainer):
         super().__init__(model, funcs, args, *rest, **kwargs)
         check_settings(self.args, entry.scorer.config, others=len(self.reward_funcs) > 1)
         check_tokenizer(self.processing_class, entry.scorer)
-        self._cme = copy.copy(entry.scorer)
-        if hasattr(self._cme, "eos_ids"):
-            stops = np.intersect1d(self.eos_token_ids, special_ids(self._tokenizer))
-            self._cme.eos_ids = np.union1d(self._cme.eos_ids, stops)
-        if hasattr(self._cme, "reader"):
+        self._cme = entry.scorer
+        if hasattr(self._cme, "for_generator"):
             # TRL puts a template of its own in the place of one that changes what it has written.
             own = {"chat_template": self.chat_template} if self.chat_template else {}
-            self._cme.reader = self._cme.reader.given({**self.chat_template_kwargs, **own})
+            self._cme = self._cme.for_generator(
+                eos_token_ids=self.eos_token_ids,
+                template_kwargs={**(self.chat_template_kwargs or {}), **own},
+            )
         # Where others are there, None leaves the entry out of their advantage; alone, it would
         # have TRL warn of unscorable completions in every step.
         self._cme_masks: list[list[int]] | None = None

@@ -24,10 +24,8 @@ _BATCH_ONLY = ("length_correlation", "sequence_reward_mean", "token_reward_std")
 
 def make_scorer(settings: Settings, verifier: Any, tokenizer: Any) -> CrossModelEntropy:
     """The reward for a policy with this tokenizer, which ends where vLLM stops it."""
-    scorer = CrossModelEntropy(verifier, tokenizer, settings.config)
-    stops = np.intersect1d(_stop_ids(tokenizer.name_or_path), special_ids(tokenizer))
-    scorer.eos_ids = np.union1d(scorer.eos_ids, stops)
-    return scorer
+    stops = _stop_ids(tokenizer.name_or_path)
+    return CrossModelEntropy(verifier, tokenizer, settings.config, eos_token_ids=stops)
 
 
 def prompt_of(reader: RenderedReader, rendered: str, label: Any) -> Prompt:

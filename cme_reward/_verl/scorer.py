@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from cme_reward._pieces import special_ids
 from cme_reward._verl.channel import write_rewards
 from cme_reward._verl.metrics import BusyClock, Tally
 from cme_reward._verl.settings import RewardSettings
@@ -56,13 +55,15 @@ class Scorer:
         tokenizer, stops = _generator(config)
         given = config["data"].get("apply_chat_template_kwargs") or {}
         self._cme = CrossModelEntropy(
-            verifier, tokenizer, settings.cme, generator_template_kwargs=dict(given)
+            verifier,
+            tokenizer,
+            settings.cme,
+            eos_token_ids=stops,
+            generator_template_kwargs=dict(given),
         )
-        special = special_ids(tokenizer)
-        self._cme.eos_ids = np.union1d(self._cme.eos_ids, np.intersect1d(stops, special))
         # Models pad their vocabulary. An id that the tokenizer lacks has no text and no reward, as
         # a special token that ends nothing.
-        blanks = np.setdiff1d(special, self._cme.eos_ids)
+        blanks = np.setdiff1d(self._cme.special_ids, self._cme.eos_ids)
         self._blank = int(blanks[0]) if blanks.size else self._cme.table.vocab_size
         self._tallies = {False: Tally(), True: Tally()}
         self._failure: str | None = None

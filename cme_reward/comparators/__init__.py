@@ -72,7 +72,7 @@ def load_reward(
     *,
     verifier: Verifier | Ensemble | str | None = None,
     policy: Any = None,
-    eos_token_ids: Iterable[int] | None = None,
+    eos_token_ids: Iterable[int] = (),
     device: str | None = None,
     **options: Any,
 ) -> Any:

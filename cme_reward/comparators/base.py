@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ class Comparator:
         config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
         *,
         per_token: bool = False,
-        eos_token_ids: Iterable[int] | None = None,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
         if config.baseline != "none":
             raise ConfigError(
@@ -111,6 +112,15 @@ class Comparator:
         self.eos_ids = end_ids(generator_tokenizer, eos_token_ids)
         self.per_token = per_token
         self.config = replace(config, level="token" if per_token else "sequence")
+
+    def for_generator(
+        self, *, eos_token_ids: Iterable[int] = (), template_kwargs: Mapping[str, Any] | None = None
+    ) -> Comparator:
+        """The same reward, for a generator that also stops at these ids; it reads no template."""
+        other = copy.copy(self)
+        ends = [*self.eos_ids.tolist(), *eos_token_ids]
+        other.eos_ids = end_ids(self.generator_tokenizer, ends)
+        return other
 
     def __call__(
         self,

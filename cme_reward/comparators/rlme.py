@@ -80,7 +80,7 @@ class RLME(Comparator):
         relative: bool = False,
         template: str | None = None,
         per_token: bool = False,
-        eos_token_ids: Iterable[int] | None = None,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
         super().__init__(
             generator_tokenizer, config, per_token=per_token, eos_token_ids=eos_token_ids

@@ -40,7 +40,7 @@ class TTRL(Comparator):
         *,
         answer: Callable[[str], Hashable] = final_answer,
         per_token: bool = False,
-        eos_token_ids: Iterable[int] | None = None,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
         super().__init__(
             generator_tokenizer, config, per_token=per_token, eos_token_ids=eos_token_ids

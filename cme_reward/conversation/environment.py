@@ -72,10 +72,6 @@ class EnvironmentReader:
         self.is_chat = getattr(tokenizer, "chat_template", None) is not None
         self.thinking_tags = thinking_tags
 
-    def given(self, template_kwargs: Mapping[str, Any]) -> EnvironmentReader:
-        """The same for a template to which a trainer gives these options."""
-        return EnvironmentReader(self.tokenizer, template_kwargs, self.thinking_tags)
-
     @cached_property
     def prefill(self) -> str:
         """What the generation prompt puts at the start of a response: `<think>` and a newline, as
