@@ -37,7 +37,7 @@ class _Names(NamedTuple):
 
 
 class _Twin(NamedTuple):
-    backend: Tokenizer
+    backend: Any
     real: dict[int, int]
     """Ids of its added tokens -> the tokenizer's."""
 
