@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,9 +25,10 @@ _PRIVATE = range(0x100000, 0x10FFFE)
 Change = Callable[[str], str]
 
 
-class _Names(NamedTuple):
+class Names(NamedTuple):
     """How special tokens are spelt."""
 
+    tokens: list[str]
     pattern: re.Pattern[str]
     starts: frozenset[str]
     """Their beginnings, which what follows a text may complete."""
@@ -37,7 +38,7 @@ class _Names(NamedTuple):
 
 
 class _Twin(NamedTuple):
-    backend: Tokenizer
+    backend: Any
     real: dict[int, int]
     """Ids of its added tokens -> the tokenizer's."""
 
@@ -45,37 +46,42 @@ class _Twin(NamedTuple):
 _TWINS: WeakKeyDictionary[Any, dict[Any, _Twin]] = WeakKeyDictionary()
 
 
-def encode_literally(tokenizer: Any, write: Callable[[Change], str]) -> list[int]:
+def encode_literally(
+    tokenizer: Any, write: Callable[[Change], str], names: Names | None = None
+) -> list[int]:
     """Token ids of a prompt, without tokens of the tokenizer's own around it.
 
     Args:
         tokenizer: a fast tokenizer.
         write: gives the prompt, with its argument applied to each text of others in it.
+        names: `special_names(tokenizer)`, where they are at hand.
     """
-    special = set(special_ids(tokenizer).tolist())
-    tokens = [str(t) for i, t in tokenizer.added_tokens_decoder.items() if i in special]
+    names = special_names(tokenizer) if names is None else names
     texts: list[str] = []
     plain = write(lambda text: texts.append(text) or text)
-    names = _names(tokens)
     if all(text == _broken(text, names, {}) for text in texts):
         return tokenizer.encode(plain, add_special_tokens=False)
     unused = _unused(plain, *texts)
-    breakers = {char: chr(next(unused)) for char in {c for t in tokens for c in t}}
+    breakers = {char: chr(next(unused)) for char in {c for t in names.tokens for c in t}}
     broken = write(lambda text: _broken(text, names, breakers))
     if names.pattern.findall(broken) == names.pattern.findall(plain):
         return tokenizer.encode(plain, add_special_tokens=False)
     marker = chr(next(unused))
-    twin = _twin(tokenizer, tokens, marker)
+    twin = _twin(tokenizer, names.tokens, marker)
     prompt = names.pattern.sub(lambda found: marker + found[0], broken)
     prompt = prompt.translate({ord(breaker): char for char, breaker in breakers.items()})
-    ids = twin.backend.encode(prompt, add_special_tokens=False).ids
+    ids: list[int] = twin.backend.encode(prompt, add_special_tokens=False).ids
     return [twin.real.get(i, i) for i in ids]
 
 
-def _names(tokens: Iterable[str]) -> _Names:
+def special_names(tokenizer: Any) -> Names:
+    """How a tokenizer's special tokens are spelt."""
+    special = set(special_ids(tokenizer).tolist())
+    tokens = [str(t) for i, t in tokenizer.added_tokens_decoder.items() if i in special]
     # The longest first, as tokenizers match them. Without any, a pattern that matches nothing.
     spelt = sorted(filter(None, tokens), key=len, reverse=True)
-    return _Names(
+    return Names(
+        spelt,
         re.compile("|".join(map(re.escape, spelt)) or r"(?!)"),
         frozenset(token[:n] for token in spelt for n in range(1, len(token))),
         frozenset(token[n:] for token in spelt for n in range(1, len(token))),
@@ -83,7 +89,7 @@ def _names(tokens: Iterable[str]) -> _Names:
     )
 
 
-def _broken(text: str, names: _Names, breakers: dict[str, str]) -> str:
+def _broken(text: str, names: Names, breakers: dict[str, str]) -> str:
     """The text with a character changed in all that is, begins or ends a special token's name."""
 
     def instead(char: str) -> str:

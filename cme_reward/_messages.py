@@ -80,7 +80,8 @@ def _joined(k: int, role: str, content: Any) -> str:
 
 def _calls(k: int, role: str, given: Any) -> list[Message]:
     calls = []
-    for call in given if isinstance(given, Sequence) and not isinstance(given, str) else [given]:
+    several: Any = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for call in several:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise InputError(
@@ -93,7 +94,7 @@ def _calls(k: int, role: str, given: Any) -> list[Message]:
                 arguments = json.loads(arguments)
         if not isinstance(arguments, Mapping):
             arguments = function.get("arguments") or {}
-        about = {} if function is call else {n: v for n, v in dict(call).items() if v is not None}
+        about = {} if function is call else {n: v for n, v in call.items() if v is not None}
         function = {"name": function["name"], "arguments": arguments}
         calls.append({"type": "function", **about, "function": function})
     return calls

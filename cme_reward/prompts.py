@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cme_reward._keys import prompt_key
-from cme_reward._literal import Change, encode_literally
+from cme_reward._literal import Change, encode_literally, special_names
 from cme_reward._lru import LRU
 from cme_reward._messages import (
     Message,
@@ -59,6 +59,7 @@ class PromptFormat:
         self.end_of_turn: int | None = tokenizer.eos_token_id
         self.lead = self.prefill = ""
         self._tag = config.thinking_tags[0]
+        self._special = special_names(tokenizer)
         self._forms: LRU[int] = LRU(*PROMPTS_KEPT)
         if self.is_chat:
             self._read_ending()
@@ -111,7 +112,7 @@ class PromptFormat:
                 except Exception as error:  # it showed such messages, and objects to what these say
                     raise InputError(self._refusal(_refused(messages, error))) from error
 
-            ids = encode_literally(self.tokenizer, write)
+            ids = encode_literally(self.tokenizer, write, self._special)
         else:
             ids = self._plain_ids(self._plain_text(prompt))
         if not ids:
@@ -197,7 +198,9 @@ class PromptFormat:
         # A BOS in front of a text is no part of it, and is the one that is put there.
         bos = self.tokenizer.bos_token or ""
         bos = bos if text.startswith(bos) else ""
-        bare = encode_literally(self.tokenizer, lambda change: bos + change(text[len(bos) :]))
+        bare = encode_literally(
+            self.tokenizer, lambda change: bos + change(text[len(bos) :]), self._special
+        )
         sample = self.tokenizer.encode("a", add_special_tokens=False)
         whole = self.tokenizer.encode("a", add_special_tokens=True)
         start = next(k for k in range(len(whole) + 1) if whole[k : k + len(sample)] == sample)
