@@ -71,8 +71,9 @@ class CMEGRPOTrainer(GRPOTrainer):
             self._cme.eos_ids = np.union1d(self._cme.eos_ids, stops)
         if hasattr(self._cme, "reader"):
             # TRL puts a template of its own in the place of one that changes what it has written.
+            given: Any = self.chat_template_kwargs
             own = {"chat_template": self.chat_template} if self.chat_template else {}
-            self._cme.reader = self._cme.reader.given({**self.chat_template_kwargs, **own})
+            self._cme.reader = self._cme.reader.given({**given, **own})
         # Where others are there, None leaves the entry out of their advantage; alone, it would
         # have TRL warn of unscorable completions in every step.
         self._cme_masks: list[list[int]] | None = None

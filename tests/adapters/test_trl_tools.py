@@ -148,7 +148,7 @@ def test_two_turns_and_what_a_tool_said(llama: Any, policy: Any, tmp_path: Path)
     for group in tiny.by_prompt(rows):
         rewards = []
         for row in group:
-            of_row = [None] * len(row["ids"])
+            of_row: list[float | None] = [None] * len(row["ids"])
             for where, messages in turns(llama, row["prompt"], row["ids"], row["sampled"]):
                 heard |= {m["content"] for m in messages if m["role"] == "tool"}
                 ids = row["ids"][where]
