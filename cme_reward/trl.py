@@ -65,10 +65,10 @@ class CMEGRPOTrainer(GRPOTrainer):
         self._cme = entry.scorer
         if hasattr(self._cme, "for_generator"):
             # TRL puts a template of its own in the place of one that changes what it has written.
+            given: Any = self.chat_template_kwargs
             own = {"chat_template": self.chat_template} if self.chat_template else {}
             self._cme = self._cme.for_generator(
-                eos_token_ids=self.eos_token_ids,
-                template_kwargs={**(self.chat_template_kwargs or {}), **own},
+                eos_token_ids=self.eos_token_ids, template_kwargs={**given, **own}
             )
         # Where others are there, None leaves the entry out of their advantage; alone, it would
         # have TRL warn of unscorable completions in every step.
