@@ -56,6 +56,9 @@ _LOGGED = (
     "verifier_tokens_per_token",
     "truncated",
     "repetition",
+    "special_masked",
+    "thinking_tokens",
+    "thinking_unclosed",
 )
 
 

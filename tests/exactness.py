@@ -51,7 +51,7 @@ PIECES = [
 ]  # fmt: skip
 OBSERVATIONS = ["7", 'it says: "no"', "two\nlines", "", "日本 <b>", "look <|user|> there", "a\\b"]
 TAGS = ("<think>", "</think>")
-PER_SETUP, PER_CALL = 500, 50
+PER_SETUP, PER_CALL = 2000, 50
 
 
 @dataclass
@@ -239,7 +239,7 @@ def atoms(text: str) -> list[str]:
 def n_unfinished(written: list[bytes]) -> int:
     """How many tokens at the end hold bytes of a character that is not completed."""
     data = b"".join(written)
-    for n_bytes in (3, 2, 1):
+    for n_bytes in range(min(3, len(data)), 0, -1):
         try:
             data[-n_bytes:].decode()
         except UnicodeDecodeError as error:

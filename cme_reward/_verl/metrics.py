@@ -53,7 +53,15 @@ class BusyClock:
 class Tally:
     """Metrics of responses that were scored one at a time, since the last `take`."""
 
-    MEANS = ("coverage", "dropped_nats", "verifier_tokens_per_token", "repetition")
+    MEANS = (
+        "coverage",
+        "dropped_nats",
+        "verifier_tokens_per_token",
+        "repetition",
+        "special_masked",
+        "thinking_tokens",
+        "thinking_unclosed",
+    )
     SUMS = ("truncated", "alignment_seconds")
 
     def __init__(self) -> None:

@@ -333,7 +333,8 @@ def test_metrics_and_the_table_of_completions(tmp_path: Path) -> None:
     assert log["frac_reward_zero_std"] == 0
     shares = [np.mean([a != 0 for a in row["advantages"]]) for row in rows]
     assert log["cme/credited"] == pytest.approx(np.mean(shares))
-    for name in ("coverage", "dropped_nats", "repetition", "length_correlation", "truncated"):
+    own = ("special_masked", "thinking_tokens", "thinking_unclosed")
+    for name in ("coverage", "dropped_nats", "repetition", "length_correlation", "truncated", *own):
         assert f"cme/{name}" in log
     table = made._logs
     assert sorted(table["rewards"]["cme"]) == pytest.approx(sorted(sequence), abs=1e-4)

@@ -111,6 +111,7 @@ def test_streaming_with_tools_a_reference_policy_and_two_mini_batches(
         assert 0.5 < step["cme/credited"] <= step["cme/scored"] <= 1
         assert step["cme/verifier_seconds"] > 0
         assert {"cme/dropped_nats", "cme/repetition", "cme/truncated"} <= step.keys()
+        assert {"cme/special_masked", "cme/thinking_tokens"} <= step.keys()
         # Tool tokens have no reward: veRL adds up rewards without a mask.
         assert step["critic/score/mean"] == pytest.approx(step["critic/rewards/mean"])
 
