@@ -45,7 +45,7 @@ def _restore_logging():
 
 
 def _save(path: Path, tokenizer: Any, *, uniform: bool) -> Path:
-    """A tiny random GPT-2; with all weights 0 every token has probability 1 / vocabulary."""
+    """A tiny random GPT-2; one that says nothing gives every token 1 / vocabulary."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=16,
@@ -58,7 +58,7 @@ def _save(path: Path, tokenizer: Any, *, uniform: bool) -> Path:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)
     if uniform:
-        for weight in model.parameters():
+        for weight in model.transformer.ln_f.parameters():
             torch.nn.init.zeros_(weight)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
