@@ -33,7 +33,7 @@ from oracle import byte_cells
 from stubs import TableVerifier
 from templates import chat_tokenizer
 
-from cme_reward import CMEConfig, CrossModelEntropy, SpanTable
+from cme_reward import CMEConfig, CrossModelEntropy
 from cme_reward.verifiers import Ensemble
 
 GENERATORS = [
@@ -87,9 +87,9 @@ def pieces_of(name: str, is_verifier: bool) -> list[bytes]:
     tokenizer = load_tokenizer(name) if is_verifier else chat_tokenizer(name)
     inverse = {char: byte for byte, char in bytes_to_unicode().items()}
     special = set(tokenizer.all_special_ids)
-    out = []
-    for i in range(len(tokenizer)):
-        token, added = tokenizer.convert_ids_to_tokens(i), tokenizer.added_tokens_decoder.get(i)
+    out, all_added = [], tokenizer.added_tokens_decoder
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        added = all_added.get(i)
         if i in special or (added is not None and added.special):
             out.append(b"")
         elif added is not None:
@@ -102,6 +102,11 @@ def pieces_of(name: str, is_verifier: bool) -> list[bytes]:
         else:
             out.append(bytes(inverse[char] for char in token))
     return out
+
+
+@cache
+def special_of(name: str) -> set[int]:
+    return {i for i, piece in enumerate(pieces_of(name, False)) if not piece}
 
 
 @cache
@@ -164,12 +169,12 @@ def make_case(
     name: str, cme: CrossModelEntropy, r: random.Random, inner: list[int], prefill: str
 ) -> Case:
     tokenizer = chat_tokenizer(name)
-    encode = SpanTable(tokenizer).encode
+    encode = cme.table.encode
     content = r.choice(OBSERVATIONS[:4]) or "what?"
     prompt: Any = content if r.random() < 0.2 else [{"role": "user", "content": content}]
     case = Case(prompt, [], [], ["" if isinstance(prompt, str) else prefill])
     end_id = int(tokenizer.eos_token_id)
-    for n in range(r.choice([1, 1, 2, 3])):
+    for n in range(r.choice([1, 1, 1, 2, 3])):
         pieces: list[Piece] = []
         if n:
             closed = case.turns[-1][-1].end
@@ -185,7 +190,7 @@ def make_case(
                 pieces.append(Piece(words))
                 case.ids += ids
                 case.mask += [0] * len(ids)
-            text = "".join(r.choices(PIECES, k=r.randrange(1, 6)))
+            text = "".join(r.choices(PIECES, k=r.randrange(1, 5)))
             ids = damaged(encode(text)[0].tolist(), name, r, inner) or encode("ok")[0].tolist()
             pieces.append(Piece(ids=ids))
             case.ids += ids
@@ -257,7 +262,7 @@ def segments_of(case: Case, name: str, config: CMEConfig) -> list[Any]:
     all that is scored."""
     table = pieces_of(name, False)
     tokenizer = chat_tokenizer(name)
-    special = {i for i, piece in enumerate(table) if not piece}
+    special = special_of(name)
     outer = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     outer.add(tokenizer.eos_token_id)
     found: list[Any] = []
