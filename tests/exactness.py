@@ -529,9 +529,10 @@ def main() -> int:
         task = bar.add_task("cases", total=args.cases)
         for result in pool.map(run, seeds, sizes, chunksize=4):
             total += result["counts"]
+            for complaint in result["complaints"]:
+                bar.print(complaint)
             complaints += result["complaints"]
             bar.advance(task, result["counts"]["cases"])
-    print("\n\n".join(complaints[:20]))
     names = ("cases", "tokens", "turns", "off", "leaks", "exceptions")
     print(json.dumps({"seed": args.seed, "pairs": n_setups, **{n: total[n] for n in names},
                       "seconds": round(time.time() - started)}))  # fmt: skip
