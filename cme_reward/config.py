@@ -50,8 +50,8 @@ class CMEConfig:
     verifier and not scored, so that the reward is of the answer given the thoughts. "hide": the
     verifier reads the answer alone. See docs/conversations.md."""
 
-    thinking_tags: Sequence[str] = ("<think>", "</think>")
-    """What opens and closes a thought in the generator's responses."""
+    thinking_tags: Sequence[str] | str = ("<think>", "</think>")
+    """What opens and closes a thought in the generator's responses; in one text, both apart."""
 
     special_tokens: str = "hide"
     """"hide": special tokens inside a response (tool-call markers, tags that are special) are left

@@ -54,7 +54,7 @@ def load_tokenizer(name: str) -> Any:
     import cme_reward.verifiers
     from cme_reward.fidelity import load_faithful
 
-    if "+" in name and not Path(name).exists():
+    if not Path(name).exists() and len(cme_reward.verifiers.split_spec(name)) > 1:
         raise TokenizerError(
             f"{name!r} names several verifiers; expected one, since each has a tokenizer of its own"
         )

@@ -100,7 +100,9 @@ class CrossModelEntropy:
         shown = config.special_tokens == "show"
         self.table = SpanTable(tokenizer, self._inner_specials() if shown else ())
         opening, closing = config.thinking_tags
-        self.reader = EnvironmentReader(tokenizer, template_kwargs, (opening, closing))
+        self.reader = EnvironmentReader(
+            tokenizer, template_kwargs, (opening, closing), show_special=shown
+        )
         self._thinking = Thinking(config.thinking, (opening, closing), self._tag_ids())
 
     def _inner_specials(self) -> list[int]:

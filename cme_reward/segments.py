@@ -124,17 +124,17 @@ def split_turns(
     for b, (row, bounds) in enumerate(zip(ids, runs, strict=True)):
         parts = (part_of(row, start, stop) for start, stop in bounds)
         # A string is not known to have been rendered by the generator's template.
-        prefill = "" if isinstance(prompts[b], str) else reader.prefill
+        prefill = Piece() if isinstance(prompts[b], str) else reader.prefill
         turns = _turns(row, parts, prefill, reader)
         segments += _segments(b, prompts[b], turns, thinking, dummy=table.dummy_prefix)
     return segments
 
 
 def _turns(
-    row: Int64, parts: Iterator[_Part], prefill: str, reader: EnvironmentReader
+    row: Int64, parts: Iterator[_Part], prefill: Piece, reader: EnvironmentReader
 ) -> list[_Turn]:
     """Sampled parts and what lies between them, turn by turn."""
-    turns = [_Turn([], [_Part(prefill)] if prefill else [])]
+    turns = [_Turn([], [_Part(prefill.text, prefill.tags)])]
     previous: _Part | None = None
     for part in parts:
         if part.start > (previous.stop if previous else 0):
@@ -143,11 +143,11 @@ def _turns(
             if previous is not None and previous.eos is not None:
                 end = row[previous.start + previous.eos : previous.stop]
             written = reader.read(unsampled[unsampled != PADDING], end)
-            if written.closes or (end is not None and not written.text.strip()):
-                start = [_Part(written.prefill)] if written.prefill else []
-                turns.append(_Turn(list(written.messages), start))
+            if written.closes or (end is not None and not written.words.text.strip()):
+                begin = _Part(written.prefill.text, written.prefill.tags)
+                turns.append(_Turn(list(written.messages), [begin]))
             else:
-                turns[-1].parts.append(_Part(written.text))
+                turns[-1].parts.append(_Part(written.words.text, written.words.tags))
         turns[-1].parts.append(part)
         previous = part
     return turns

@@ -161,7 +161,8 @@ def damaged(ids: list[int], name: str, r: random.Random, inner: list[int]) -> li
         elif action == 2 and inner:
             ids[at:at] = [r.choice(inner)]
         else:
-            ids[at:at] = [byte_ids(name)[r.randrange(128, 256)] for _ in range(r.choice([1, 2]))]
+            # Bytes of no character: with others, a verifier's NFC would change what they make.
+            ids[at:at] = [byte_ids(name)[r.randrange(0xF8, 0x100)] for _ in range(r.choice([1, 2]))]
     return ids
 
 

@@ -134,7 +134,7 @@ def test_messages_come_out_as_they_were(name: str) -> None:
     # A model's own stops, which a trainer knows: GLM's are the headers of those who speak next.
     ends = {i for found in ways.values() for form in found.values() for i in form.sampled}
     cme = CrossModelEntropy(stub, tokenizer, eos_token_ids=ends)
-    prefill = cme.reader.prefill
+    prefill = cme.reader.prefill.text
     said, again = (cme.table.encode(text)[0].tolist() for text in (SAID, "B two."))
     wrong, n_read = [], 0
     for case, observations in cases(name).items():
@@ -166,7 +166,10 @@ def test_text_without_markup_stays_in_the_turn() -> None:
     for name in ("chatml/special", "olmo-like/text", "plain/text", "llama2/sentencepiece"):
         for text in (" -> 2\n", "", "tool: 7", "a < b, [1] or user\n", "\n\n"):
             written = between(chat_tokenizer(name), text)
-            assert (written.text.strip(), written.closes) == (text.strip(), False), (name, text)
+            assert (written.words.text.strip(), written.closes) == (text.strip(), False), (
+                name,
+                text,
+            )
 
 
 @pytest.mark.parametrize(
@@ -224,7 +227,7 @@ def test_characters_that_spell_a_special_token_are_words() -> None:
     assert reader.read(np.array([*before, *spelt, *after])).messages == [
         {"role": "user", "content": words}
     ]
-    assert reader.read(np.array(spelt)).text == words
+    assert reader.read(np.array(spelt)).words.text == words
 
 
 def test_what_spells_out_the_whole_markup_is_markup() -> None:

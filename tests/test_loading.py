@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 import cme_reward.verifiers
 from cme_reward._server import run
 from cme_reward.cli import app
-from cme_reward.errors import ConfigError
-from cme_reward.loading import in_a_passing_thread
+from cme_reward.errors import ConfigError, TokenizerError
+from cme_reward.loading import in_a_passing_thread, load_tokenizer
 
 
 def test_a_verifier_is_loaded_in_a_thread_that_ends():
@@ -53,3 +53,12 @@ def test_serve_loads_its_verifier_there(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == 0, result.output
     assert loaded[0] is not threading.current_thread()
     assert served[0].state.verifier.linger_seconds == 0.5
+
+
+def test_a_plus_in_a_folders_name_is_part_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a+b"
+    load_tokenizer("embedded").save_pretrained(folder)
+    for name in (str(folder), f"hf:{folder}", f"random:{folder}"):
+        assert load_tokenizer(name).name_or_path == str(folder)
+    with pytest.raises(TokenizerError, match="names several verifiers; expected one"):
+        load_tokenizer(f"hf:{folder}+embedded")

@@ -188,6 +188,27 @@ def test_a_verifier_whose_template_begins_a_thought(
     assert shown(stub) == [(HEAD + begun, expected)]
 
 
+@pytest.mark.parametrize("special_tokens", ["hide", "show"])
+def test_a_pre_filled_tag_that_is_a_special_token(special_tokens: str) -> None:
+    """A thought that the template began with a special token, cut off or ended by a trainer."""
+    tokenizer = generator(CHATML.replace("assistant\n{% endif %}", "assistant\n[T]\n{% endif %}"),
+                          special=True)  # fmt: skip
+    config = CMEConfig(
+        thinking="condition", thinking_tags=("[T]", "[/T]"), special_tokens=special_tokens
+    )
+    batch, _, _ = scored("so four is", config, tokenizer, end=False)
+    assert not batch.mask.any()
+    assert batch.metrics["thinking_unclosed"] == 1
+
+    stub = TableVerifier(load_tokenizer("byte-level"))
+    cme = CrossModelEntropy(stub, tokenizer, config)
+    ids = [tokenizer.encode(text) for text in ("so four is", "[/T]", "Four.")]
+    mask = [sampled for sampled, row in zip((1, 0, 1), ids, strict=True) for _ in row]
+    cme([ASK], [[i for row in ids for i in row]], [mask])
+    named = ("[T]", "[/T]") if special_tokens == "show" else ("", "")
+    assert shown(stub) == [(HEAD + named[0] + "\nso four is" + named[1], "Four.")]
+
+
 def test_several_thoughts_and_a_base_verifier() -> None:
     tokenizer = generator()
     response = "<think>a</think>One, <think>b</think>two."

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cme_reward.conversation.marked import MARK, MarkedText
 from cme_reward.conversation.markup import END, Markup, find_prefill, literal, starts, written
+from cme_reward.conversation.thinking import Piece
 from cme_reward.errors import InputError
 from cme_reward.spans import SpanTable
 
@@ -25,13 +26,13 @@ TOOL_ROLES = ("ipython", "environment", "observation", "function")
 class Written:
     """What an environment wrote between two runs of sampled tokens."""
 
-    text: str
-    """Without special tokens."""
+    words: Piece
+    """Its text without special tokens."""
     closes: bool = False
-    """The assistant's turn is over; otherwise the text is part of it."""
+    """The assistant's turn is over; otherwise the words are part of it."""
     messages: list[dict[str, str]] = field(default_factory=list)
     """Of the environment, after the assistant's."""
-    prefill: str = ""
+    prefill: Piece = field(default_factory=Piece)
     """What the template has put at the start of the assistant's next message."""
 
 
@@ -65,18 +66,35 @@ class EnvironmentReader:
         tokenizer: Any,
         template_kwargs: Mapping[str, Any] | None = None,
         thinking_tags: tuple[str, str] = ("<think>", "</think>"),
+        *,
+        show_special: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.table = SpanTable(tokenizer)
         self.template_kwargs = dict(template_kwargs or {})
         self.is_chat = getattr(tokenizer, "chat_template", None) is not None
         self.thinking_tags = thinking_tags
+        self._show_special = show_special
 
     @cached_property
-    def prefill(self) -> str:
+    def prefill(self) -> Piece:
         """What the generation prompt puts at the start of a response: `<think>` and a newline, as
         most models that reason have it; mostly nothing."""
-        return self._marked.plain(self._prefill, names=False)
+        return self._piece(self._prefill)
+
+    def _piece(self, marked: str) -> Piece:
+        """Marked text as a verifier is shown it, with the tags in it that are special tokens."""
+        if self._show_special:
+            return Piece(self._marked.plain(marked))
+        opening, closing = map(self._marked.mark, self.thinking_tags)
+        piece, done = Piece(""), 0
+        for found in MARK.finditer(marked):
+            piece.text += marked[done : found.start()]
+            done = found.end()
+            if found[0] in (opening, closing):
+                piece.tags.append((len(piece.text), found[0] == opening))
+        piece.text += marked[done:]
+        return piece
 
     @cached_property
     def _marked(self) -> MarkedText:
@@ -122,10 +140,10 @@ class EnvironmentReader:
                 found = self._messages(self._marked.of_ids(sampled_end) + marked)
             if found is not None:
                 messages, prefill = found
-                return Written(text, True, messages, self._marked.plain(prefill, names=False))
+                return Written(Piece(text), True, messages, self._piece(prefill))
         sign = self._sign(marked, text)
         if sign is None:
-            return Written(text)
+            return Written(self._piece(marked))
         shown = self._marked.plain(marked)
         raise InputError(
             f"cannot read the tokens between two assistant turns as messages: {shown[:200]!r} "
@@ -141,8 +159,9 @@ class EnvironmentReader:
             self._marked.mark(getattr(self.tokenizer, f"{name}_token", None))
             for name in ("pad", "eos", "bos", "unk")
         }
+        tags = set(map(self._marked.mark, self.thinking_tags))
         for mark in MARK.findall(marked):
-            if mark not in harmless or (text.strip() and mark in signs):
+            if mark not in tags and (mark not in harmless or (text.strip() and mark in signs)):
                 return mark
         return next((s for s in sorted(signs) if not MARK.match(s) and s in text), None)
 

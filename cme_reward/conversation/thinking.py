@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 class Piece:
     """A stretch of an assistant's turn: sampled, or written by a template or an environment."""
 
-    text: str
+    text: str = ""
     tags: list[tuple[int, bool]] = field(default_factory=list)
     """Tags that are special tokens and not in the text: where, and whether the tag opens."""
 
