@@ -175,7 +175,9 @@ def naive_rewards(prompt: str, ids: list[int], by: Any = None) -> tuple[list[flo
     by = verifier() if by is None else by
     reader = by.tokenizer
     messages = [{"role": "user", "content": prompt}]
-    prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     text, generator_ends = SpanTable(tokenizer()).decode(ids)
     ends = generator_ends.tolist()  # twelfths of a character
     verifier_ids, verifier_ends = SpanTable(reader).encode(text)
