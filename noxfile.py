@@ -121,7 +121,7 @@ def openrlhf(session: nox.Session) -> None:
     # Its requirements name flash-attn and vLLM, for which there are stand-ins in tests/.
     session.install("-c", pins, "--no-deps", "openrlhf")
     session.install("-c", pins, "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
-    session.install("-c", pins, "-e", ".[serve]", "pytest")
+    session.install("-c", pins, "-e", ".[serve,trl]", "pytest")
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if session.posargs:
         session.run("pytest", "-W", "default", *session.posargs, env=offline)

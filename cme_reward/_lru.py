@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Generic, TypeVar
 
+from cme_reward._forks import renew_after_fork
+
 Value = TypeVar("Value")
 
 
@@ -20,9 +22,17 @@ class LRU(Generic[Value]):
     def __init__(self, size: int, weight: int) -> None:
         self.size = size
         self.weight = weight
+        self._start_empty()
+        renew_after_fork(self, LRU._renew)
+
+    def _start_empty(self) -> None:
         self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
         self._held = 0
         self._turn = Lock()
+
+    def _renew(self) -> None:
+        if self._turn.locked():  # by a thread of the other process, in the middle of a change
+            self._start_empty()
 
     def __reduce__(self) -> tuple[type[LRU[Value]], tuple[int, int]]:
         return LRU, (self.size, self.weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,13 @@ class Pieces:
     by_bytes: bool  # the decoder joins bytes, so that every byte sequence decodes
 
 
-def plain_backend(tokenizer: Any) -> Tokenizer:
-    """A private copy of the Rust tokenizer that treats text as the continuation of a prompt.
+def plain_backend(backend: Tokenizer) -> Tokenizer:
+    """A private copy of a Rust tokenizer that treats text as the continuation of a prompt.
 
     No dummy prefix is added or stripped, `"<eos>"` in a text is five characters and not a special
     token, and the padding and truncation that a caller may have left switched on are off. A copy,
     because all of these are mutable state of the caller's object.
     """
-    backend = tokenizer.backend_tokenizer
     parts = {
         name: json.loads(part.__getstate__()) if part is not None else None
         for name, part in (
@@ -56,10 +56,15 @@ def plain_backend(tokenizer: Any) -> Tokenizer:
         )
     }
     edited = {name: _without_dummy_prefix(part, name) for name, part in parts.items()}
-    if edited == parts:
+    is_unigram = type(backend.model).__name__ == "Unigram"  # it knows special tokens as words too
+    if edited == parts and not is_unigram:
         backend = copy.deepcopy(backend)
     else:
-        backend = Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | edited))
+        state = json.loads(backend.to_str()) | edited
+        if is_unigram:
+            names = [token["content"] for token in state["added_tokens"] if token["special"]]
+            rename_special(state, {name: f"\U0010fffd{name}" for name in names})
+        backend = Tokenizer.from_str(json.dumps(state))
     backend.encode_special_tokens = True
     backend.no_padding()
     backend.no_truncation()
@@ -87,6 +92,19 @@ def _without_dummy_prefix(part: dict[str, Any] | None, name: str) -> dict[str, A
     return part
 
 
+def rename_special(state: dict[str, Any], names: dict[str, str]) -> None:
+    """Give special tokens other names in a tokenizer's JSON, so that text cannot spell them."""
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = state["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+
+
 def special_ids(tokenizer: Any) -> NDArray[np.int64]:
     """Ids that write no text: those the tokenizer's own decode skips as special."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -98,7 +116,7 @@ def build_pieces(tokenizer: Any, backend: Tokenizer) -> Pieces | None:
     tokens = backend.get_vocab(with_added_tokens=True)
     vocab_size = max(tokens.values(), default=-1) + 1
     decoder = backend.decoder
-    steps = _decoder_steps(json.loads(decoder.__getstate__()) if decoder is not None else None)
+    steps = steps_of(decoder)
     by_bytes = "ByteLevel" in steps or "ByteFallback" in steps
     is_byte = np.zeros(vocab_size, dtype=bool)
     if "ByteLevel" in steps:
@@ -129,12 +147,14 @@ def build_pieces(tokenizer: Any, backend: Tokenizer) -> Pieces | None:
     return table if _explains(table, backend) else None
 
 
-def _decoder_steps(decoder: dict[str, Any] | None) -> list[str]:
-    if decoder is None:
-        return []
-    if decoder["type"] == "Sequence":
-        return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
-    return [decoder["type"]]
+def steps_of(component: Any) -> list[str]:
+    """The types of what a pre-tokenizer or decoder does, one after the other; none of None."""
+
+    def types(part: dict[str, Any]) -> list[str]:
+        steps = part.get("decoders", part.get("pretokenizers"))
+        return [part["type"]] if steps is None else [t for step in steps for t in types(step)]
+
+    return [] if component is None else types(json.loads(component.__getstate__()))
 
 
 def _byte_of_char() -> dict[int, int]:
@@ -145,6 +165,9 @@ def _byte_of_char() -> dict[int, int]:
 
 
 _BYTE_OF_CHAR = _byte_of_char()
+
+
+CHAR_OF_BYTE = {byte: chr(code) for code, byte in _BYTE_OF_CHAR.items()}
 
 
 def _byte_level_piece(token: str) -> bytes:
@@ -191,6 +214,16 @@ def _tabulate(pieces: list[bytes], is_byte: NDArray[np.bool_], *, by_bytes: bool
                 width[i] = WHOLE_CHAR * len(text)
                 kind[i] = BLANK if text.isspace() else TEXT
     return Pieces(blob, starts, width, kind, whole, is_byte, by_bytes)
+
+
+def with_pieces(table: Pieces, named: dict[int, bytes]) -> Pieces:
+    """The table in which these ids write something else."""
+    blob, bounds = table.blob.tobytes(), table.starts.tolist()
+    pieces = [blob[i:j] for i, j in pairwise(bounds)]
+    is_byte = table.is_byte.copy()
+    for i, piece in named.items():
+        pieces[i], is_byte[i] = piece, False
+    return _tabulate(pieces, is_byte, by_bytes=table.by_bytes)
 
 
 def gather(pieces: Pieces, ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

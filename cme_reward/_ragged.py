@@ -62,6 +62,20 @@ def flatten_ids(rows: Sequence[Any], vocab_size: int, what: str) -> tuple[Int64,
 
     Raises `InputError` naming the first offending row, position and value.
     """
+    flat, offsets = flatten_integers(rows, what)
+    bad = out_of_vocabulary(flat, vocab_size)
+    if bad.size:
+        row, position = place_of(bad[0], offsets)
+        raise InputError(
+            f"{what} {row}, position {position}: id {int(flat[bad[0]])} is not in the vocabulary "
+            f"(expected 0 <= id < {vocab_size}); were these ids sampled with another tokenizer, or "
+            "is padding left in? Strip padding or pass response_masks"
+        )
+    return flat, offsets
+
+
+def flatten_integers(rows: Sequence[Any], what: str) -> tuple[Int64, Int64]:
+    """`flatten` for rows of integers, refusing anything else with an `InputError`."""
     for b, row in enumerate(rows):
         if type(row) is not list:
             values = np.asarray(row)
@@ -71,17 +85,21 @@ def flatten_ids(rows: Sequence[Any], vocab_size: int, what: str) -> tuple[Int64,
                     "expected a flat sequence of integer token ids"
                 )
     try:
-        flat, offsets = flatten(rows, np.int64)
+        return flatten(rows, np.int64)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{what}s must be flat sequences of integer token ids, got something else: {error}"
         ) from error
-    if flat.size and (flat.min() < 0 or flat.max() >= vocab_size):
-        at = int(np.flatnonzero((flat < 0) | (flat >= vocab_size))[0])
-        row = int(np.searchsorted(offsets, at, side="right")) - 1
-        raise InputError(
-            f"{what} {row}, position {at - int(offsets[row])}: id {int(flat[at])} is not in the "
-            f"vocabulary (expected 0 <= id < {vocab_size}); were these ids sampled with another "
-            "tokenizer, or is padding left in? Strip padding or pass response_masks"
-        )
-    return flat, offsets
+
+
+def out_of_vocabulary(flat: Int64, vocab_size: int) -> Int64:
+    """Where there are no ids of the vocabulary."""
+    if not flat.size or (flat.min() >= 0 and flat.max() < vocab_size):
+        return np.zeros(0, dtype=np.int64)
+    return np.flatnonzero((flat < 0) | (flat >= vocab_size))
+
+
+def place_of(at: int | np.int64, offsets: Int64) -> tuple[int, int]:
+    """Row and position in it of an entry of a flat array."""
+    row = int(np.searchsorted(offsets, at, side="right")) - 1
+    return row, int(at - offsets[row])

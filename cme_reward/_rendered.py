@@ -243,11 +243,13 @@ def messages_from_label(label: Any) -> list[Message] | None:
             return None
     if not isinstance(label, Sequence) or isinstance(label, str) or not label:
         return None
-    if not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in label):
+    said = {"content", "tool_calls"}
+    if not all(isinstance(m, Mapping) and "role" in m and said & m.keys() for m in label):
         return None
     if label[-1]["role"] == "assistant":
+        answer = _short(label[-1].get("content"))
         raise InputError(
-            f"the messages in the label end with the assistant's {_short(label[-1]['content'])}; "
+            f"the messages in the label end with the assistant's {answer}; "
             "expected the conversation before the response"
         )
     return list(label)

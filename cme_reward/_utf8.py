@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 
 WHOLE_CHAR = 12  # text positions are twelfths of a character: 1, 2, 3 and 4 bytes divide it
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+_SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
 
 
 def decode_bytes(
@@ -32,6 +36,9 @@ def decode_bytes(
     """
     data = raw.tobytes()
     text, shown = codecs.utf_8_decode(data, "replace", final)
+    if data[shown:] and _SURROGATE.fullmatch(data[shown:]):
+        # Python waits for the third byte of a surrogate half, which no byte makes a character.
+        text, shown = codecs.utf_8_decode(data, "replace", True)
     is_start = (raw[:shown] & 0xC0) != 0x80  # not a continuation byte
     if REPLACEMENT in text:
         bad = _invalid_slices(data[:shown])

@@ -16,10 +16,8 @@ import yaml
 
 from cme_reward.errors import ConfigError
 
-_BOOLS: dict[str, bool] = {
-    **dict.fromkeys(("true", "yes", "on", "1"), True),
-    **dict.fromkeys(("false", "no", "off", "0"), False),
-}
+_BOOLS: dict[str, bool] = dict.fromkeys(("true", "yes", "on", "1"), True)
+_BOOLS |= dict.fromkeys(("false", "no", "off", "0"), False)
 _FORMS: dict[Any, str] = {
     bool: "true or false",
     Mapping: "a mapping such as {key: value}",

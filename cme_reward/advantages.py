@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from cme_reward._keys import group_key
 from cme_reward.errors import ConfigError, InputError
 
 SCALES = ("std", "none")
@@ -14,7 +16,7 @@ SCALES = ("std", "none")
 def group_advantages(
     rewards: torch.Tensor,
     mask: torch.Tensor,
-    groups: Sequence[Hashable] | torch.Tensor,
+    groups: Sequence[Any] | torch.Tensor,
     *,
     scale: str = "std",
     eps: float = 0.1,
@@ -29,8 +31,8 @@ def group_advantages(
     Args:
         rewards: `[B, T]` token rewards in nats. Values under a False mask are not read.
         mask: `[B, T]`, True (or non-zero) where a token is scored.
-        groups: B prompt identifiers, any hashables or an integer tensor, in any order; groups may
-            differ in size.
+        groups: B prompt identifiers in any order: numbers (of Python, numpy or in tensors), texts,
+            the prompts themselves, or other hashables; groups may differ in size.
         scale: "std", or "none" to leave out the division (Dr. GRPO, arXiv 2503.20783).
         eps: added to the standard deviation, in nats. It matters: where rollouts agree, std_t goes
             to zero and a tiny eps turns rounding noise into advantages of size one. GRPO codes use
@@ -41,7 +43,8 @@ def group_advantages(
         for "none". An empty batch gives an empty tensor, a fully masked one zeros.
 
     Raises:
-        InputError: if shapes or lengths disagree, or an unmasked reward is not finite.
+        InputError: if shapes or lengths disagree, an unmasked reward is not finite, or a group is
+            nothing that can be compared.
         ConfigError: for an unknown `scale` or a negative `eps`.
     """
     if scale not in SCALES:
@@ -81,11 +84,13 @@ def group_advantages(
     return advantages_BT.to(rewards.dtype)
 
 
-def _group_index(groups: Sequence[Hashable] | torch.Tensor) -> torch.Tensor:
+def _group_index(groups: Sequence[Any] | torch.Tensor) -> torch.Tensor:
     """Groups numbered from 0, `[B]`."""
     if isinstance(groups, torch.Tensor):
         if groups.ndim != 1:
             raise InputError(f"groups has shape {tuple(groups.shape)}; expected [B]")
         return torch.unique(groups, return_inverse=True)[1]
-    numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(g, len(numbers)) for g in groups], dtype=torch.int64)
+    numbers: dict[Any, int] = {}
+    return torch.tensor(
+        [numbers.setdefault(group_key(g), len(numbers)) for g in groups], dtype=torch.int64
+    )

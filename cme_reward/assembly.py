@@ -17,7 +17,7 @@ from cme_reward.errors import InputError
 from cme_reward.metrics import length_correlation, repetition
 from cme_reward.scoring import SegmentScores
 from cme_reward.segments import Segment
-from cme_reward.spans import BLANK, TEXT
+from cme_reward.spans import BLANK, NO_TEXT, TEXT
 
 Float64 = NDArray[np.float64]
 
@@ -31,11 +31,19 @@ def assemble(
 ) -> CMEBatch:
     """The rewards of all responses from each verifier's scores of their segments.
 
-    `policy` is flat over all tokens, for `baseline="policy"`. The metrics of time are left to the
-    caller.
+    Over the M verifiers, with V_m the verifier's tokens of a response (Eq. 3), t the generator's:
+
+        sequence = 1/M sum_m [sum_{s in V_m} logp_m[s] - sum_t share_m[t] * policy[t]] / |V_m|
+        token[t] = 1/M sum_m [aligned_m[t] - share_m[t] * policy[t]]
+
+    `share_m[t]` is the share of token t's text that V_m writes: 0 for text beyond the verifier's
+    context or dropped by its tokenizer and for special tokens, 1 for an EOS whose log-prob counts.
+    So both sums are over one text, white space included, whatever `mask` leaves out of the tokens.
+    `policy` is flat over all tokens, and 0 unless `baseline="policy"`. The metrics of time are left
+    to the caller.
 
     Raises:
-        InputError: for a policy log-prob of a scored token that is not finite.
+        InputError: for a policy log-prob that is not finite where its share counts.
     """
     offsets = row_offsets([len(row) for row in ids])
     n_rows, n_tokens = len(ids), int(offsets[-1])
@@ -57,16 +65,14 @@ def assemble(
     is_eos = np.logical_and.reduce([score.is_eos_N for score in scores])
     scored = sampled.copy()
     scored[sampled] = (with_text & covered) | is_eos
-    own = np.zeros(n_tokens) if policy is None else np.where(scored, policy, 0)
-    _check_policy(own, offsets)
-    rewards = np.where(scored, logprobs - own, 0)
+    own = [_own(policy, score, sampled, offsets) for score in scores]
+    rewards = np.where(scored, logprobs - sum(own) / len(scores), 0)
 
     sequence, total = np.zeros(n_rows), np.zeros(n_rows)
-    own_sum = per_row(own, row_of_token)
-    for score in scores:
+    for score, own_N in zip(scores, own, strict=True):
         sums = per_row(score.sums_n, row_of_segment)
         counts = per_row(score.counts_n, row_of_segment)
-        means = (sums - own_sum) / np.maximum(counts, 1)
+        means = (sums - per_row(own_N, row_of_token)) / np.maximum(counts, 1)
         sequence += np.where(counts > 0, means, score.uniform) / len(scores)
         total += sums / len(scores)
     # Floored at 0: a sum of a few thousand aligned log-probs ends some 1e-12 off.
@@ -85,6 +91,9 @@ def assemble(
         "truncated": float(len(set(row_of_segment[truncated].tolist()))),
         "repetition": repetition(split(*_sampled_rows(ids, sampled, offsets))),
         "length_correlation": length_correlation(sequence, per_row(sampled, row_of_token)),
+        "special_masked": sum(map(_inner_specials, segments)) / max(n_rows, 1),
+        "thinking_tokens": sum(s.n_thinking for s in segments) / max(n_rows, 1),
+        "thinking_unclosed": len({s.row for s in segments if s.unclosed}) / max(n_rows, 1),
     }
     if config.level == "sequence":
         rewards, scored = np.zeros(n_tokens), sampled
@@ -103,14 +112,28 @@ def assemble(
     )
 
 
-def _check_policy(own: Float64, offsets: Int64) -> None:
+def _inner_specials(segment: Segment) -> int:
+    """Special tokens of a segment whose text is left out, but for its end and the padding there."""
+    return int(np.count_nonzero(segment.kinds[: segment.eos] == NO_TEXT))
+
+
+def _own(
+    policy: Float64 | None, score: SegmentScores, sampled: NDArray[np.bool_], offsets: Int64
+) -> Float64:
+    """The policy's log-probs of the text that a verifier scored, flat over all tokens."""
+    own = np.zeros(len(sampled))
+    if policy is None:
+        return own
+    counted = np.flatnonzero(sampled)[score.share_N > 0]
+    own[counted] = policy[counted] * score.share_N[score.share_N > 0]
     bad = np.flatnonzero(~np.isfinite(own))
     if bad.size:
         b = int(np.searchsorted(offsets, bad[0], side="right")) - 1
         raise InputError(
-            f"policy_logprobs of response {b}, token {bad[0] - offsets[b]} is {own[bad[0]]}; "
+            f"policy_logprobs of response {b}, token {bad[0] - offsets[b]} is {policy[bad[0]]}; "
             "expected the finite log-prob of a sampled token"
         )
+    return own
 
 
 def _sampled_rows(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,14 +45,15 @@ class CMEBatch:
 
     config: CMEConfig
 
-    def advantages(self, groups: Sequence[Hashable] | torch.Tensor) -> torch.Tensor:
+    def advantages(self, groups: Sequence[Any] | torch.Tensor) -> torch.Tensor:
         """Advantages `[B, T]` at the configured level, scale and eps; 0 where masked.
 
         `level="token"`: `group_advantages` of the token rewards. `level="sequence"`: GRPO's scalar
         advantage of each response, on every sampled token.
 
         Args:
-            groups: B prompt identifiers; rollouts of one prompt share one.
+            groups: B prompt identifiers, or the prompts themselves, strings or message lists;
+                rollouts of one prompt share one.
         """
         scale, eps = self.config.scale, self.config.eps
         if self.config.level == "token":

@@ -5,46 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 
-from cme_reward._pieces import special_ids
+from cme_reward._pair_texts import CUT_SHORT, SAMPLES
+from cme_reward._pieces import require_fast, special_ids
 from cme_reward._utf8 import WHOLE_CHAR
-from cme_reward.errors import CMEError
+from cme_reward.errors import CMEError, TokenizerError
 from cme_reward.prompts import PromptFormat
 from cme_reward.reward import CrossModelEntropy
 from cme_reward.segments import split_turns
-from cme_reward.spans import UNFINISHED
+from cme_reward.spans import UNFINISHED, SpanTable
 
-if TYPE_CHECKING:
-    pass
-
-SAMPLES = {
-    "English": "She sold twelve pens, kept three, and wondered whether that was unreasonable.",
-    "code, tabs": "def mean(xs):\n\tif not xs:\n\t\treturn 0.0\n\treturn sum(xs) / len(xs)\n",
-    "code, spaces": "for (int i = 0; i < n; ++i) {\n        total += a[i] * b[i];\n    }\n",
-    "mathematics": "\\int_0^1 x^2\\,dx = \\frac{1}{3}, so ∑ᵢ pᵢ ≤ 1 ⇒ ∀ε>0: |x₁₂₃₄₅ − 67890.5| < ε",
-    "German": "Größere Übungsräume heißen Säle; Füße müssen draußen bleiben.",
-    "Vietnamese": "Buổi sáng, những người bạn của tôi thường uống cà phê ở góc phố.",
-    "Russian": "Утром мы пили чай и спорили о том, кто пойдёт за хлебом.",
-    "Chinese": "今天早上下了一场大雨，我们只好留在家里读书。",
-    "Japanese": "駅前の小さなパン屋さんは、毎朝六時に焼きたてを並べます。",
-    "Korean": "어제 산 책을 벌써 다 읽어서 도서관에 가려고 합니다.",
-    "Arabic": "اشتريتُ خبزًا طازجًا من السوق، ثم عدتُ إلى البيت.",
-    "Hindi": "कल शाम हम नदी के किनारे टहलने गए थे।",
-    "Thai": "วันนี้อากาศดีมาก เราจึงเดินเล่นริมแม่น้ำ",
-    "emoji": "Thanks 👍🏽! The family 👩‍👩‍👧‍👦 waves 🇳🇴🇧🇷 ❤️‍🔥",
-    "combining marks": "Cafe\u0301 cre\u0300me, A\u030angstro\u0308m, e\u0323\u0302 (decomposed)",
-    "compatibility": "ﬁne ２０２４ ™ ½ Ⅷ ㎏ \u00a0\u2003wide",
-    "outer whitespace": "\n  it began, and it ended \t\n",
-    "long whitespace": "a" + " " * 30 + "b\n\n\n\n\n\n\t\t\t\t\t\tc \u3000 d",
-    "special-token look": "Write <eos>, </s>, <|im_end|>, <end_of_turn> or [SEP], never \\n.",
-    "control characters": "bell\x07 zero\u200bwidth \ufeffBOM replaced \ufffd end",
-}
 PROMPT = "Hello."
-CUT_SHORT = "It ends inside of 🤷🏽𠮷"
 RANDOM_ROWS, RANDOM_LENGTH = 4, 40
 SAME_FAMILY = 0.9
 EXACT = 1e-9
@@ -100,11 +75,13 @@ class PairCheck:
     """Jaccard index of the two sets of token strings."""
     identical_tokens: bool
     """Every sample has the same ids on both sides."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why a side, "generator" or "verifier", loses text and is not used. No samples then."""
 
     @property
     def exact(self) -> bool:
         """On every sample."""
-        return all(sample.exact for sample in self.samples)
+        return not self.refused and all(sample.exact for sample in self.samples)
 
     @property
     def same_family(self) -> bool:
@@ -123,7 +100,7 @@ class PairCheck:
 
     def warnings(self) -> list[str]:
         """What the user should know apart from alignment."""
-        found = []
+        found = list(self.refused.values())
         if self.same_family:
             found.append(
                 f"same tokenizer family ({self.shared_vocabulary:.0%} of the vocabulary is shared"
@@ -149,6 +126,9 @@ class PairCheck:
 
     def verdict(self) -> str:
         """One line."""
+        if self.refused:
+            sides = " and of the ".join(self.refused)
+            return f"refused: the tokenizer of the {sides} does not keep the text"
         bad = [sample.name for sample in self.samples if not sample.exact]
         if not bad:
             return f"aligned exactly on all {len(self.samples)} samples"
@@ -177,7 +157,34 @@ def check(generator: Any, verifier: Any, names: tuple[str, str]) -> PairCheck:
         TokenizerError: if one of the two is not a fast tokenizer.
         InputError: if the verifier's chat template refuses a user's message.
     """
-    scorer = CrossModelEntropy(Uniform(verifier, names[1]), generator)
+    refused = _refused(generator=generator, verifier=verifier)
+    samples, identical = ([], [False]) if refused else _samples(generator, verifier, names[1])
+    ours, theirs = set(generator.get_vocab()), set(verifier.get_vocab())
+    return PairCheck(
+        generator=_side(generator, names[0]),
+        verifier=_side(verifier, names[1]),
+        samples=samples,
+        shared_vocabulary=len(ours & theirs) / len(ours | theirs),
+        identical_tokens=all(identical[: len(SAMPLES)]),
+        refused=refused,
+    )
+
+
+def _refused(**sides: Any) -> dict[str, str]:
+    """The sides whose tokenizers lose text, and what they lose."""
+    refused = {}
+    for side, tokenizer in sides.items():
+        require_fast(tokenizer)
+        try:
+            SpanTable(tokenizer)
+        except TokenizerError as error:
+            refused[side] = f"the {side}: {error}"
+    return refused
+
+
+def _samples(generator: Any, verifier: Any, verifier_name: str) -> tuple[list[Sample], list[bool]]:
+    """Samples, and which of them have the same ids on both sides."""
+    scorer = CrossModelEntropy(Uniform(verifier, verifier_name), generator)
     samples, identical = [], []
     for name, text, ids in _sample_ids(scorer):
         try:
@@ -186,14 +193,7 @@ def check(generator: Any, verifier: Any, names: tuple[str, str]) -> PairCheck:
             sample, verifier_ids = Sample(name, len(ids), notes=[f"fails: {error}"]), None
         samples.append(sample)
         identical.append(verifier_ids == ids)
-    ours, theirs = set(generator.get_vocab()), set(verifier.get_vocab())
-    return PairCheck(
-        generator=_side(generator, names[0]),
-        verifier=_side(verifier, names[1]),
-        samples=samples,
-        shared_vocabulary=len(ours & theirs) / len(ours | theirs),
-        identical_tokens=all(identical[: len(SAMPLES)]),
-    )
+    return samples, identical
 
 
 def _sample_ids(scorer: CrossModelEntropy) -> Iterator[tuple[str, str | None, list[int]]]:

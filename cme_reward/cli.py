@@ -177,7 +177,7 @@ def score(
     - `prompt` (a text) or `messages` (a list of `{"role": "user", "content": "..."}`)
     - `response` (a text) or `response_ids` (the tokens that the generator sampled)
     - with response_ids, if there is need: `response_mask` (0 marks tokens that a tool or an
-      environment wrote) and `policy_logprobs` (for `--set baseline=policy`)
+      environment wrote, and padding) and `policy_logprobs` (for `--set baseline=policy`)
 
     **Output**: the same rows in the same order, all their fields and, in nats,
 
@@ -277,7 +277,8 @@ def check_pair(
     the text's log-probability would be dropped; and then the chat templates and special tokens,
     and whether the two tokenizers are of the same family.
 
-    **Exit status.** 0: all texts are aligned exactly. 1: some are not. 2: error.
+    **Exit status.** 0: all texts are aligned exactly. 1: some are not, or a tokenizer loses text.
+    2: error.
 
     Example: `cme-reward check-pair Qwen/Qwen2.5-0.5B-Instruct google/gemma-3-1b-it`
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,6 +19,8 @@ _CHOICES = {
     "eos": ("score", "mask"),
     "baseline": ("none", "policy"),
     "scale": SCALES,
+    "thinking": ("score", "condition", "hide"),
+    "special_tokens": ("hide", "show"),
 }
 
 
@@ -43,12 +45,26 @@ class CMEConfig:
     or costs credit. "mask" (paper): EOS gets no reward, and nothing pays for stopping; runs then
     did a little worse, undecided at three seeds (docs/evidence.md)."""
 
+    thinking: str = "score"
+    """"score" (paper): thoughts and answer are one text. "condition": thoughts are shown to the
+    verifier and not scored, so that the reward is of the answer given the thoughts. "hide": the
+    verifier reads the answer alone. See docs/conversations.md."""
+
+    thinking_tags: Sequence[str] = ("<think>", "</think>")
+    """What opens and closes a thought in the generator's responses."""
+
+    special_tokens: str = "hide"
+    """"hide": special tokens inside a response (tool-call markers, tags that are special) are left
+    out of its text, counted as `special_masked`. "show": the verifier reads their names as ordinary
+    characters, and they are scored as text. What ends a response is the end of turn either way."""
+
     logprob_floor: float | None = None
     """Verifier log-probs below this many nats are raised to it, before alignment. None: none is."""
 
     baseline: str = "none"
     """"policy": subtract the sampler's own log-prob from each token's (the reverse-KL reward of
-    on-policy distillation). "none": the paper."""
+    on-policy distillation), and its sum over the text that the verifier scores from the
+    verifier's. "none": the paper."""
 
     scale: str = "std"
     """"std": advantages are divided by the group's standard deviation + eps. "none": they are not
@@ -64,18 +80,31 @@ class CMEConfig:
     """Passed to the verifier's chat template, for example `{"enable_thinking": False}`."""
 
     chat_template: str | None = None
-    """A jinja chat template to use in place of the verifier's own (or where it has none)."""
+    """A jinja chat template to use in place of the verifier's own (or where it has none). "none"
+    (or "null", or false) for no template: a base model whose tokenizer ships one reads plain text.
+    Left out, the verifier's own."""
 
     max_length: int | None = None
     """Most tokens shown to the verifier, prompt included. None: as many as it can take."""
 
     def __post_init__(self) -> None:
+        template = "" if self.chat_template is None else str(self.chat_template)
+        if template.strip().lower() in ("none", "null", "false"):
+            object.__setattr__(self, "chat_template", "none")  # the class is frozen
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown; expected one of "
                     f"{', '.join(choices)}"
                 )
+        tags = self.thinking_tags
+        tags = tuple(tags.replace(",", " ").split() if isinstance(tags, str) else tags)
+        if len(set(tags)) != 2 or not all(isinstance(tag, str) and tag.strip() for tag in tags):
+            raise ConfigError(
+                f"thinking_tags={self.thinking_tags!r} must be two different texts, what opens a "
+                "thought and what closes it, such as ('<think>', '</think>') or '<think> </think>'"
+            )
+        object.__setattr__(self, "thinking_tags", tags)  # frozen, and a list compares unequal
         if self.logprob_floor is not None and not self.logprob_floor <= 0:
             raise ConfigError(
                 f"logprob_floor={self.logprob_floor!r} must be 0 or negative (nats), or None"

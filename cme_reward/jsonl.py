@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
+from cme_reward._messages import Prompt, as_messages
 from cme_reward.errors import InputError
-
-if TYPE_CHECKING:
-    from cme_reward.prompts import Prompt
 
 
 @dataclass
@@ -88,17 +86,18 @@ def parse_row(
             "has response_ids, but whose ids are they? Name the tokenizer of the model that "
             "sampled them with --generator-tokenizer"
         )
-    ids = _list(given, "response_ids", "token ids", lambda i: type(i) is int and i >= 0)
-    for position, i in enumerate(ids):
-        if i >= vocab_size:
-            raise InputError(
-                f"response_ids[{position}] is {i}, but the generator's tokenizer has ids 0 to "
-                f"{vocab_size - 1}; were they sampled with another tokenizer?"
-            )
+    ids = _list(given, "response_ids", "token ids", lambda i: type(i) is int and abs(i) < 2**63)
     mask = policy = None
     if "response_mask" in given:
         flags = _list(given, "response_mask", "0s and 1s", lambda m: m in (0, 1), len(ids))
         mask = [bool(flag) for flag in flags]
+    for position, i in enumerate(ids):
+        if not 0 <= i < vocab_size and (mask is None or mask[position]):
+            raise InputError(
+                f"response_ids[{position}] is {i}, but the generator's tokenizer has ids 0 to "
+                f"{vocab_size - 1}; were they sampled with another tokenizer? Padding has "
+                "response_mask 0"
+            )
     if needs_policy:
         if "policy_logprobs" not in given:
             raise InputError(
@@ -201,21 +200,15 @@ def _prompt(given: dict[str, Any]) -> Prompt:
     prompt = given[name]
     is_text = name == "prompt" and isinstance(prompt, str)
     # Trainers keep conversations under either name.
-    is_chat = isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))
-    if not is_text and not is_chat:
+    is_chat = isinstance(prompt, list) and len(prompt) > 0
+    if not is_text and not (is_chat and all(isinstance(m, dict) for m in prompt)):
         raise InputError(
             f"{name} is {_short(prompt)}; expected {'text, or ' * (name == 'prompt')}a list of "
             'messages such as {"role": "user", "content": "..."}'
         )
     _check_characters(name, json.dumps(prompt, ensure_ascii=False))
+    as_messages(prompt)
     return prompt
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    content = message.get("content")
-    return isinstance(content, str | list) or (content is None and "tool_calls" in message)
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,12 +35,14 @@ def configuration(file: Path | None, settings: list[str]) -> CMEConfig:
 
 
 def silence() -> None:
-    """Keep what transformers says about its own loading out of the way."""
-    from transformers.utils import logging
+    """Keep what transformers says about its own loading out of the way, and not what we do."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    set_verbosity_error()
+    disable_progress_bar()
     warnings.simplefilter("ignore")
+    assert logging.lastResort is not None
+    logging.getLogger("cme_reward").addHandler(logging.lastResort)  # to standard error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -48,9 +51,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         TokenizerError: if there is none, or for a spec of several verifiers.
     """
-    from transformers import AutoTokenizer
-
     import cme_reward.verifiers
+    from cme_reward.fidelity import load_faithful
 
     if "+" in name and not Path(name).exists():
         raise TokenizerError(
@@ -66,7 +68,7 @@ def load_tokenizer(name: str) -> Any:
     if name == "embedded" and not Path(name).exists():
         where = str(Path(cme_reward.verifiers.__file__).parent / "embedded")
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        return load_faithful(where, trust_remote_code=False)
     except Exception as error:  # of many kinds, for an unknown name, no network, a broken file
         first = str(error).strip().partition("\n")[0]
         raise TokenizerError(

@@ -23,6 +23,18 @@ def show(found: PairCheck, console: Console) -> None:
         sides.add_row(_SIDE_ROWS[what], *(Text(_shown(value)) for value in values))
     console.print(sides)
 
+    if found.samples:
+        _show_samples(found, console)
+    for warning in found.warnings():
+        console.print(Text(f"\nNote: {warning}", style="yellow"))
+    console.print()
+    console.print(Text(found.verdict(), style="bold green" if found.exact else "bold red"))
+
+
+def _show_samples(found: PairCheck, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     samples = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     samples.add_column("\ntext", no_wrap=True)
     for heading in ("generator\ntokens", "verifier\ntokens", "aligned\nexactly"):
@@ -53,10 +65,6 @@ def show(found: PairCheck, console: Console) -> None:
             "and its log-probabilities go to the stretch of text they come from."
         )
     console.print(Text(f"\n{legend}", style="dim"))
-    for warning in found.warnings():
-        console.print(Text(f"\nNote: {warning}", style="yellow"))
-    console.print()
-    console.print(Text(found.verdict(), style="bold green" if found.exact else "bold red"))
 
 
 _SIDE_ROWS = {

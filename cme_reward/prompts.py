@@ -2,67 +2,117 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+import numpy as np
 
+from cme_reward._keys import prompt_key
+from cme_reward._literal import Change, encode_literally, special_names
+from cme_reward._lru import LRU
+from cme_reward._messages import (
+    Message,
+    Prompt,
+    as_messages,
+    forms,
+    marked,
+    name_of,
+    plain_content,
+    with_texts,
+)
+from cme_reward._pieces import special_ids
+from cme_reward._ragged import Int64
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.markup import find_prefill
 from cme_reward.errors import InputError
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message]
 
 PROMPTS_KEPT = 2048, 2**24
 """Most prompts that are remembered, as many as are in the works at a time, and characters."""
 
-_USER, _REPLY, _NEXT = "cme question", "cme answer", "cme observation"  # contents to look for
+_USER, _REPLY = "cme question", "cme answer"  # contents to look for
 
 
 class PromptFormat:
     """How one tokenizer's model is prompted: chat template, or plain text for a base model.
 
+    What a prompt says is text: only special tokens that the template itself writes are ones.
+
     Attributes:
         is_chat: whether prompts go through a chat template.
         end_of_turn: id of the first token the chat template writes after an assistant message; for
-            a base model its EOS; None where there is neither.
+            a base model its EOS, and for a template without such messages; None where there is
+            neither.
         lead: white space that the template writes between the generation prompt and the message
             (Llama-2 has one space), to be put in front of responses.
+        prefill: what the generation prompt writes at the start of the message, such as `<think>`.
     """
 
     def __init__(self, tokenizer: Any, config: CMEConfig = CMEConfig()) -> None:  # noqa: B008 (frozen)
         self.tokenizer = tokenizer
-        self.template = config.chat_template or getattr(tokenizer, "chat_template", None)
-        self.is_chat = self.template is not None
+        own = getattr(tokenizer, "chat_template", None)
+        self.template = config.chat_template or None
+        self.is_chat = self.template != "none" and (self.template or own) is not None
         self.system_prompt = config.system_prompt
         self.template_kwargs = dict(config.chat_template_kwargs)
         self.end_of_turn: int | None = tokenizer.eos_token_id
-        self.lead = ""
+        self.lead = self.prefill = ""
+        self._tag = config.thinking_tags[0]
+        self._special = special_names(tokenizer)
+        self._forms: LRU[int] = LRU(*PROMPTS_KEPT)
         if self.is_chat:
-            before = self._text([{"role": "user", "content": _USER}], add_generation_prompt=True)
-            written = self._text(_example(), add_generation_prompt=False)
-            body, _, tail = written.rpartition(_REPLY)
-            if body.startswith(before) and body[len(before) :].isspace():
-                self.lead = body[len(before) :]
-            # Llama-2 writes " </s>": the space belongs to no token of its own.
-            ids = self._ids(tail.lstrip(" ") or tail)
-            self.end_of_turn = ids[0] if ids else self.end_of_turn
+            self._read_ending()
 
-    def render(self, prompt: Prompt) -> list[int]:
+    def _read_ending(self) -> None:
+        question = self._shown([{"role": "user", "content": _USER}], add_generation_prompt=True)
+        before = self._written(question, add_generation_prompt=True)
+        try:
+            example = self._shown(_example(), add_generation_prompt=False)
+        except InputError:  # a template of prompts alone
+            return
+        written = self._written(example, add_generation_prompt=False)
+        body, _, tail = written.rpartition(_REPLY)
+        if body.startswith(before) and body[len(before) :].isspace():
+            self.lead = body[len(before) :]
+        # Llama-2 writes " </s>": the space belongs to no token of its own.
+        ids = self.tokenizer.encode(tail.lstrip(" ") or tail, add_special_tokens=False)
+        self.end_of_turn = ids[0] if ids else self.end_of_turn
+        self.prefill = find_prefill(self._tried, self._tag)
+
+    def _tried(self, messages: Sequence[Message], *, ask: bool) -> str | None:
+        """The messages as they are; None where the template refuses them."""
+        try:
+            return self._written(messages, add_generation_prompt=ask)
+        except Exception:  # in any way it likes
+            return None
+
+    def render(self, prompt: Prompt, *, prefill: bool = True) -> list[int]:
         """Token ids of everything before a response; never empty, never with a double BOS.
 
-        A string prompt is one user message to a chat model, and plain text to a base model.
+        A string prompt is one user message to a chat model, and plain text to a base model. Without
+        `prefill` the prompt ends where the assistant's message starts, for one that brings a
+        thought of its own.
 
         Raises:
-            InputError: for a conversation the template refuses, or one without a template.
+            InputError: for a conversation that the template refuses or does not show in full, or
+                one without a template.
         """
         if self.is_chat:
             messages = as_messages(prompt)
             if self.system_prompt and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system_prompt}, *messages]
-            ids = self._ids(self._text(messages, add_generation_prompt=True))
+            shown = self._shown(messages, add_generation_prompt=True)
+
+            def write(change: Change) -> str:
+                changed = [with_texts(message, change) for message in shown]
+                try:
+                    text = self._written(changed, add_generation_prompt=True)
+                    return text if prefill else text.removesuffix(self.prefill)
+                except Exception as error:  # it showed such messages, and objects to what these say
+                    raise InputError(self._refusal(_refused(messages, error))) from error
+
+            ids = encode_literally(self.tokenizer, write, self._special)
         else:
             ids = self._plain_ids(self._plain_text(prompt))
         if not ids:
@@ -73,46 +123,87 @@ class PromptFormat:
             )
         return ids
 
-    def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The rendered conversation, in simpler roles where the template knows no others."""
-        first_error = None
-        for attempt in (list, _plain_roles, _without_system):
-            try:
-                return self.tokenizer.apply_chat_template(
-                    attempt(messages),
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    chat_template=self.template,
-                    **self.template_kwargs,
-                )
-            except TemplateError as error:
-                first_error = first_error or error
-        raise InputError(
-            f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation of roles "
-            f"{[message.get('role') for message in messages]}: {first_error}. Expected roles it "
-            "knows; change the prompt, or give chat_template"
-        ) from first_error
+    def _shown(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool
+    ) -> Sequence[Message]:
+        """The conversation in the first form in which the template writes all that it says."""
+        probe, marks = marked(messages)
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        def first_form() -> int:
+            faults = []
+            for k, form in enumerate(forms(probe)):
+                fault = self._fault(form, messages, marks, add_generation_prompt)
+                if fault is None:
+                    return k
+                faults.append(fault)
+            raise InputError(self._refusal(faults[0]))
+
+        # What a template shows goes by roles and kinds of content, not by what is said.
+        key = f"{add_generation_prompt} {prompt_key(probe)}"
+        number = self._forms.get(key, first_form, len(key))
+        return next(islice(forms(messages), number, None))
+
+    def _fault(
+        self,
+        form: Sequence[Message],
+        messages: Sequence[Message],
+        marks: Sequence[Sequence[str]],
+        add_generation_prompt: bool,
+    ) -> str | None:
+        """What is wrong with how the template writes this form of the messages, if anything."""
+        try:
+            written = self._written(form, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template may object in any way it likes
+            return _refused(messages, error)
+        if any(m["content"] is None for m in form) and "None" in written:
+            return "writes None for a message without content"
+        if re.search(r"""['"]text['"]:""", written):  # parts, as Python or JSON write them
+            return "writes contents with Python's punctuation"
+        for k, message in enumerate(messages):
+            lost = [mark for mark in marks[k] if mark not in written]
+            if lost:
+                if "call" in lost[0]:
+                    return f"leaves out tool calls of {name_of(k, message)}"
+                return f"leaves out what {name_of(k, message)} says"
+        return None
+
+    def _refusal(self, fault: str) -> str:
+        return (
+            f"the chat template of {self.tokenizer.name_or_path!r} {fault}. Expected roles and "
+            "contents that it shows; change the prompt, or give chat_template"
+        )
+
+    def _written(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self.template,
+            **self.template_kwargs,
+        )
 
     def _plain_text(self, prompt: Prompt) -> str:
         parts = [self.system_prompt] if self.system_prompt else []
-        if not isinstance(prompt, str):
-            messages = as_messages(prompt)
-            if len(messages) > 1:
-                raise InputError(
-                    f"{self.tokenizer.name_or_path!r} has no chat template for a conversation of "
-                    f"{len(messages)} messages; give chat_template, or prompts as plain strings"
-                )
-            prompt = str(messages[0]["content"])
-        return "\n\n".join([*parts, prompt])
+        messages = as_messages(prompt)
+        if len(messages) > 1:
+            raise InputError(
+                f"{self.tokenizer.name_or_path!r} has no chat template for a conversation of "
+                f"{len(messages)} messages; give chat_template, or prompts as plain strings"
+            )
+        where = f"{self.tokenizer.name_or_path!r}, which has no chat template,"
+        return "\n\n".join([*parts, plain_content(0, messages[0], where)])
 
     def _plain_ids(self, text: str) -> list[int]:
         """The text after the special tokens that start a sequence, without those that end it."""
-        bare = self._ids(text)
-        whole = self.tokenizer.encode(text, add_special_tokens=True)
-        start = next(k for k in range(len(whole) + 1) if whole[k : k + len(bare)] == bare)
+        # A BOS in front of a text is no part of it, and is the one that is put there.
+        bos = self.tokenizer.bos_token or ""
+        bos = bos if text.startswith(bos) else ""
+        bare = encode_literally(
+            self.tokenizer, lambda change: bos + change(text[len(bos) :]), self._special
+        )
+        sample = self.tokenizer.encode("a", add_special_tokens=False)
+        whole = self.tokenizer.encode("a", add_special_tokens=True)
+        start = next(k for k in range(len(whole) + 1) if whole[k : k + len(sample)] == sample)
         first = whole[:start] if bare else [i for i in whole if i == self.tokenizer.bos_token_id]
         ids = bare if bare[:1] == first[-1:] and bare[:1] else first + bare
         if not ids:
@@ -121,104 +212,17 @@ class PromptFormat:
         return ids
 
 
+def _refused(messages: Sequence[Message], error: Exception) -> str:
+    roles = [message["role"] for message in messages]
+    return f"refuses a conversation of roles {roles}: {error}"
+
+
+def end_ids(tokenizer: Any, eos_token_ids: Iterable[int] = ()) -> Int64:
+    """Special tokens with which a generator ends a response, sorted: its EOS, the token that its
+    chat template writes after an assistant message, and those given."""
+    ends = {tokenizer.eos_token_id, PromptFormat(tokenizer).end_of_turn, *eos_token_ids} - {None}
+    return np.intersect1d(np.array(sorted(ends), dtype=np.int64), special_ids(tokenizer))
+
+
 def _example() -> list[Message]:
     return [{"role": "user", "content": _USER}, {"role": "assistant", "content": _REPLY}]
-
-
-def as_messages(prompt: Prompt) -> list[Message]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    messages = list(prompt)
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise InputError(
-                f"{message!r} is not a message; expected a string prompt or a list of messages "
-                "such as {'role': 'user', 'content': '...'}"
-            )
-    if not messages:
-        raise InputError("a prompt holds no messages; expected at least one")
-    return messages
-
-
-def _plain_roles(messages: Sequence[Message]) -> list[Message]:
-    """System, user and assistant only, neighbours of one role joined."""
-    plain: list[Message] = []
-    for message in messages:
-        role = message["role"] if message["role"] in ("system", "assistant") else "user"
-        if plain and plain[-1]["role"] == role:
-            joined = f"{plain[-1]['content']}\n\n{message['content']}"
-            plain[-1] = {"role": role, "content": joined}
-        else:
-            plain.append({"role": role, "content": message["content"]})
-    return plain
-
-
-def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """The system prompt at the head of the first user message, for templates without that role."""
-    turned = [{**m, "role": "user"} if m["role"] == "system" else m for m in messages]
-    return _plain_roles(turned)
-
-
-class EnvironmentReader:
-    """Reads the tokens an environment put between two turns of a generator.
-
-    Tokens without special tokens are text inside the same assistant turn. Others are messages in
-    the generator's own chat template, and are taken out of its markup.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._wrappers: list[tuple[str, str]] | None = None
-
-    def messages(self, text: str) -> list[Message]:
-        """The messages in the environment's text, special tokens included.
-
-        Raises:
-            InputError: where the text is not in the generator's template.
-        """
-        if self._wrappers is None:
-            self._wrappers = list(self._find_wrappers())
-        text = text.strip()
-        for opening, closing in self._wrappers:
-            end_of_turn = closing.split(maxsplit=1)[0] if closing.split() else ""
-            pattern = re.compile(
-                rf"(?:{re.escape(end_of_turn)}\s*)?{re.escape(opening)}(.*){re.escape(closing)}",
-                re.DOTALL,
-            )
-            found = pattern.fullmatch(text)
-            if found:
-                between = rf"{re.escape(end_of_turn)}\s*{re.escape(opening)}"
-                return [{"role": "user", "content": c} for c in re.split(between, found[1])]
-        raise InputError(
-            f"cannot read the tokens between two assistant turns as messages: {text[:200]!r} is "
-            f"not in the chat template of {self.tokenizer.name_or_path!r}, which writes "
-            f"{self._wrappers!r} around one. Expected that, or text without special tokens"
-        )
-
-    def _find_wrappers(self) -> Any:
-        """`(opening, closing)` around the content, for each role an environment may speak in."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            return
-        for role in ("user", "tool"):
-            try:
-                written = self.tokenizer.apply_chat_template(
-                    [*_example(), {"role": role, "content": _NEXT}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            except TemplateError:
-                continue
-            between, found, closing = written.partition(_REPLY)[2].partition(_NEXT)
-            if found:
-                # What ends the assistant's turn comes first, and was sampled with it.
-                ending = between.split(maxsplit=1)
-                end = closing.split(maxsplit=1)[0] if closing.split() else ""
-                opening = between.strip()
-                if ending and end and opening.startswith(end):
-                    opening = opening[len(end) :].lstrip()
-                yield opening + between[len(between.rstrip()) :], closing.rstrip()
-
-
-def prompt_key(prompt: Prompt) -> str:
-    """Equal for prompts that render equally: rollouts of one prompt are rendered once."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,15 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from cme_reward._pieces import special_ids
-from cme_reward._ragged import Int64, flatten_ids, split
-from cme_reward._rows import flat_like, on_host
+from cme_reward._ragged import Int64, split
+from cme_reward._rows import check_environment, flat_like, flat_responses
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.environment import EnvironmentReader
 from cme_reward.errors import InputError
-from cme_reward.prompts import EnvironmentReader, Prompt, PromptFormat
+from cme_reward.prompts import Prompt, end_ids
 from cme_reward.scoring import MemberScorer, SegmentScores, without_blocking
-from cme_reward.segments import Segment, split_turns
+from cme_reward.segments import Segment, Thinking, split_turns
 from cme_reward.spans import SpanTable
 from cme_reward.verifiers.base import Verifier
 from cme_reward.verifiers.ensemble import Ensemble
@@ -51,8 +53,12 @@ class CrossModelEntropy:
         verifier: a `Verifier` or `Ensemble`, see `load_verifier`.
         generator_tokenizer: the sampler's fast tokenizer.
         config: see `CMEConfig`.
-        eos_token_ids: ids with which the generator ends a response. Default: its tokenizer's EOS
-            and the token its chat template writes after an assistant message.
+        eos_token_ids: special tokens with which the generator ends a response, besides its
+            tokenizer's EOS and the token that its chat template writes after an assistant message.
+        generator_template_kwargs: what the generator's prompts were rendered with, such as
+            `{"enable_thinking": False}` or `{"chat_template": "..."}`. Whatever its generation
+            prompt puts at the start of a response (`<think>`) is shown to the verifier in front of
+            it, and not scored, where prompts are messages.
 
     Raises:
         TokenizerError: if a tokenizer is not a fast one.
@@ -64,22 +70,53 @@ class CrossModelEntropy:
         generator_tokenizer: Any,
         config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
         *,
-        eos_token_ids: Iterable[int] | None = None,
+        eos_token_ids: Iterable[int] = (),
+        generator_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.verifier = verifier
         self.generator_tokenizer = generator_tokenizer
         self.config = config
-        self.table = SpanTable(generator_tokenizer)
         members = verifier.members if isinstance(verifier, Ensemble) else (verifier,)
         self.members = [MemberScorer(member, config) for member in members]
-        self.reader = EnvironmentReader(generator_tokenizer)
-        if eos_token_ids is None:
-            ends = (generator_tokenizer.eos_token_id, PromptFormat(generator_tokenizer).end_of_turn)
-            eos_token_ids = {end for end in ends if end is not None}
-        self.eos_ids = np.intersect1d(
-            np.fromiter(eos_token_ids, dtype=np.int64), special_ids(generator_tokenizer)
-        )
         self._warned = False
+        self._know_generator(eos_token_ids, generator_template_kwargs)
+
+    def for_generator(
+        self, *, eos_token_ids: Iterable[int] = (), template_kwargs: Mapping[str, Any] | None = None
+    ) -> CrossModelEntropy:
+        """The same reward, for a generator that also stops at these ids, and whose prompts are
+        rendered with these options: what a trainer knows when the reward is made already."""
+        other = copy.copy(self)
+        given = {**self.reader.template_kwargs, **(template_kwargs or {})}
+        other._know_generator([*self.eos_ids.tolist(), *eos_token_ids], given)
+        return other
+
+    def _know_generator(
+        self, eos_token_ids: Iterable[int], template_kwargs: Mapping[str, Any] | None
+    ) -> None:
+        tokenizer, config = self.generator_tokenizer, self.config
+        self.special_ids = special_ids(tokenizer)
+        self.eos_ids = end_ids(tokenizer, eos_token_ids)
+        shown = config.special_tokens == "show"
+        self.table = SpanTable(tokenizer, self._inner_specials() if shown else ())
+        opening, closing = config.thinking_tags
+        self.reader = EnvironmentReader(tokenizer, template_kwargs, (opening, closing))
+        self._thinking = Thinking(config.thinking, (opening, closing), self._tag_ids())
+
+    def _inner_specials(self) -> list[int]:
+        """Special tokens that can stand inside a response."""
+        tokenizer = self.generator_tokenizer
+        outer = {getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "unk")}
+        return [int(i) for i in np.setdiff1d(self.special_ids, self.eos_ids) if i not in outer]
+
+    def _tag_ids(self) -> dict[int, bool]:
+        """Special tokens that open (True) and close thoughts, where their text is left out."""
+        if self.config.special_tokens == "show":
+            return {}
+        names = self.generator_tokenizer.convert_ids_to_tokens(self.special_ids.tolist())
+        opening, closing = self.config.thinking_tags
+        named = dict(zip(names, self.special_ids.tolist(), strict=True))
+        return {named[tag]: tag == opening for tag in (opening, closing) if tag in named}
 
     def __call__(
         self,
@@ -93,8 +130,10 @@ class CrossModelEntropy:
         Args:
             prompts: B strings or message lists. To a chat verifier, a string is one user message.
             response_ids: the generator's sampled ids, B rows of any length or a `[B, T]` tensor.
-            response_masks: the same shape; 1 for sampled tokens, 0 for padding and for what an
-                environment wrote between them (conditioned on, never scored). None: all sampled.
+            response_masks: the same shape; 1 for sampled tokens, 0 for padding (any integers) and
+                for what an environment wrote between them (conditioned on, never scored). None, or
+                None for a row: all sampled, up to the first end (EOS) among the special tokens at
+                its end, which padding may follow; without an end, up to its padding tokens.
             policy_logprobs: the same shape; the sampler's own log-probs in nats, for
                 `baseline="policy"`.
 
@@ -104,7 +143,7 @@ class CrossModelEntropy:
             context) has sequence reward `log(1 / vocabulary)`: as surprising as a uniform guess.
 
         Raises:
-            InputError: if lengths disagree or an id is outside the vocabulary.
+            InputError: if lengths disagree or an id that is read is outside the vocabulary.
             VerifierError: if the verifier returns anything but finite log-probs.
         """
         call = self._prepared(prompts, response_ids, response_masks, policy_logprobs)
@@ -139,7 +178,9 @@ class CrossModelEntropy:
     ) -> _Call:
         started = time.perf_counter()
         ids, masks, policy = self._checked(prompts, response_ids, response_masks, policy)
-        segments = split_turns(prompts, ids, masks, self.table, self.reader, self.eos_ids)
+        segments = split_turns(
+            prompts, ids, masks, self.table, self.reader, self.eos_ids, self._thinking
+        )
         return _Call(ids, segments, policy, time.perf_counter() - started)
 
     def _finished(self, call: _Call, scores: Sequence[SegmentScores]) -> CMEBatch:
@@ -167,12 +208,11 @@ class CrossModelEntropy:
                 f"got {len(prompts)} prompts and {len(response_ids)} responses; expected one "
                 "prompt, a string or a list of messages, for each response"
             )
-        flat_ids, offsets = flatten_ids(on_host(response_ids), self.table.vocab_size, "response")
-        masks = None
-        if response_masks is not None:
-            masks = split(
-                flat_like(response_masks, offsets, "response_masks").astype(bool), offsets
-            )
+        flat_ids, offsets, sampled = flat_responses(
+            response_ids, response_masks, self.table, self.special_ids, self.eos_ids
+        )
+        check_environment(flat_ids, offsets, sampled)
+        masks = None if sampled.all() else split(sampled, offsets)
         if self.config.baseline == "policy":
             if policy is None:
                 raise InputError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cme_reward._messages import Message, as_messages
 from cme_reward.errors import InputError
 from cme_reward.jsonl import Bad, Row, whole_file
 
@@ -62,11 +63,10 @@ def _score(
     encoded = iter(scorer.table.encode_batch(texts).ids)
     ending = [] if eos_id is None else [eos_id]
     ids = [next(encoded).tolist() + ending if row.ids is None else row.ids for row in rows]
-    masks = [row.mask or [True] * len(i) for row, i in zip(rows, ids, strict=True)]
     batch = scorer(
         [row.prompt for row in rows],
         ids,
-        masks if any(row.mask for row in rows) else None,
+        [row.mask for row in rows],
         [row.policy for row in rows] if scorer.config.baseline == "policy" else None,
     )
     counts["truncated"] += int(batch.metrics["truncated"])
@@ -111,7 +111,7 @@ def as_view(scored: Scored, scorer: CrossModelEntropy) -> ResponseView:
 
     prompt = scored.row.prompt
     if not isinstance(prompt, str):
-        prompt = "\n\n".join(f"{m['role']}: {m.get('content') or ''}" for m in prompt)
+        prompt = "\n\n".join(f"{m['role']}: {_said(m)}" for m in as_messages(prompt))
     name = scored.row.fields.get("id")
     ids, logprobs = scored.verifier_tokens
     texts = scorer.members[0].table.tokens(ids)
@@ -123,6 +123,11 @@ def as_view(scored: Scored, scorer: CrossModelEntropy) -> ResponseView:
         verifier=TokenView(texts, logprobs.tolist(), [True] * len(texts)),
         dropped_nats=scored.dropped_nats,
     )
+
+
+def _said(message: Message) -> str:
+    calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
+    return "\n".join(part for part in (message["content"], *calls) if part)
 
 
 def write_html(

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cme_reward._keys import prompt_key
 from cme_reward._lru import LRU
 from cme_reward._ragged import Int64, row_offsets
 from cme_reward._utf8 import WHOLE_CHAR
 from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.thinking import starts_with_thought
 from cme_reward.errors import VerifierError
-from cme_reward.prompts import PROMPTS_KEPT, Prompt, PromptFormat, prompt_key
+from cme_reward.prompts import PROMPTS_KEPT, Prompt, PromptFormat
 from cme_reward.segments import Segment
 from cme_reward.spans import Encoded, SpanTable
 from cme_reward.verifiers.base import TokenIds, Verifier
@@ -38,6 +40,8 @@ class SegmentScores:
     """Log-prob of each token in nats; the end of turn's on the EOS; 0 where not covered."""
     covered_N: NDArray[np.bool_]
     """Some of the token's text was scored, and all that the verifier does not drop."""
+    share_N: Float64
+    """The share of each token's text that was scored; 1 for an EOS that was, 0 without text."""
     is_eos_N: NDArray[np.bool_]
     """The token is an EOS that has the end of turn's log-prob."""
     verifier_tokens_n: list[tuple[Int64, Float64]]
@@ -155,13 +159,17 @@ class MemberScorer:
         segments, shown, encoded = question.segments, question.shown, question.encoded
         with_eos_n, truncated_n = question.with_eos_n, question.truncated_n
         requests, answers = question.requests_n, self._checked(question, answers)
-        aligned, covered = _place(shown, encoded, answers, truncated_n)
+        aligned, covered, share = _place(shown, encoded, answers, truncated_n)
         aligned_N = np.concatenate([np.zeros(0), *aligned])
+        own = [s if k.share_T is None else s * k.share_T
+               for s, k in zip(share, segments, strict=True)]  # fmt: skip
+        share_N = np.concatenate([np.zeros(0), *own])
         is_eos_N = np.zeros(len(aligned_N), dtype=bool)
         offsets = row_offsets([len(s.ends) for s in segments])
         for k in np.flatnonzero(with_eos_n & ~truncated_n).tolist():
             position = int(offsets[k]) + (segments[k].eos or 0)
             is_eos_N[position] = True
+            share_N[position] = 1
             aligned_N[position] = answers[k][-1]
         # Tokens that hold nothing but the template's white space are no part of the response.
         own_n = [
@@ -173,6 +181,7 @@ class MemberScorer:
         return SegmentScores(
             aligned_N=aligned_N,
             covered_N=np.concatenate([np.zeros(0, dtype=bool), *covered]),
+            share_N=share_N,
             is_eos_N=is_eos_N,
             verifier_tokens_n=list(zip(requests, answers, strict=True)),
             sums_n=np.array([logp.sum() for logp in answers]),
@@ -196,13 +205,18 @@ class MemberScorer:
             prompt, said = (
                 (s.chat_prompt, s.chat_said) if self.format.is_chat else (s.prompt, s.said)
             )
+            # A thought of the response stands in place of one that this template would begin.
+            prefill = not (
+                self.format.prefill
+                and starts_with_thought((said, s.text), self.config.thinking_tags[0])
+            )
             key = prompt_key(prompt), said
-            render = partial(self._render, prompt, said)
-            prompts.append(self._rendered.get(key, render, sum(map(len, key))))
+            render = partial(self._render, prompt, said, prefill)
+            prompts.append(self._rendered.get((*key, prefill), render, sum(map(len, key))))
         return prompts
 
-    def _render(self, prompt: Prompt, said: str) -> Int64:
-        ids = np.array(self.format.render(prompt), dtype=np.int64)
+    def _render(self, prompt: Prompt, said: str, prefill: bool) -> Int64:
+        ids = np.array(self.format.render(prompt, prefill=prefill), dtype=np.int64)
         if said:
             lead = self.format.lead if self.format.is_chat else ""
             ids = np.concatenate([ids, self.table.encode(lead + said)[0]])
@@ -245,9 +259,9 @@ def _place(
     encoded: Encoded,
     answers: list[Float64],
     truncated_n: NDArray[np.bool_],
-) -> tuple[list[Float64], list[NDArray[np.bool_]]]:
-    """Log-probs on each segment's generator tokens, and whether these are covered."""
-    logprobs, verifier_ends, covered = [], [], []
+) -> tuple[list[Float64], list[NDArray[np.bool_]], list[Float64]]:
+    """Log-probs on each segment's generator tokens; whether these are covered; their shares."""
+    logprobs, verifier_ends, covered, shares = [], [], [], []
     for (lead, _, ends_T), ends_S, holes, answer, truncated in zip(
         shown, encoded.ends, encoded.holes, answers, truncated_n, strict=True
     ):
@@ -255,16 +269,18 @@ def _place(
             ends_S = np.maximum(ends_S - WHOLE_CHAR * len(lead), 0)
             holes = np.maximum(holes - WHOLE_CHAR * len(lead), 0)
         n = min(len(ends_S), len(answer))  # the end of turn has no text
-        covered_T = np.ones(len(ends_T), dtype=bool)
+        scored_to = ends_S[:n][-1:].sum() if truncated else ends_T[-1:].sum()
+        share_T = _shares(ends_T, holes, scored_to)
+        covered_T = share_T > 0
         if truncated:
-            covered_T = ends_T <= ends_S[:n][-1:].sum()
-        if len(holes):
-            covered_T &= _outside(holes, ends_T)
+            covered_T &= ends_T <= scored_to
         logp_S, ends_S = _with_holes(answer[:n], ends_S[:n], holes)
         logprobs.append(logp_S)
         verifier_ends.append(ends_S)
         covered.append(covered_T)
-    return align_batch(logprobs, verifier_ends, [ends_T for _, _, ends_T in shown]), covered
+        shares.append(share_T)
+    ends = [ends_T for _, _, ends_T in shown]
+    return align_batch(logprobs, verifier_ends, ends), covered, shares
 
 
 def _with_holes(logp_S: Float64, ends_S: Int64, holes: Int64) -> tuple[Float64, Int64]:
@@ -276,10 +292,11 @@ def _with_holes(logp_S: Float64, ends_S: Int64, holes: Int64) -> tuple[Float64, 
     return logp_S, ends_S
 
 
-def _outside(holes: Int64, ends_T: Int64) -> NDArray[np.bool_]:
-    """Which tokens have text outside the holes?"""
-    lengths = np.diff(holes, axis=1)[:, 0]
-    edges = holes.ravel()
-    removed_before = np.repeat(row_offsets(lengths), 2)[1:-1]
-    kept = ends_T - np.interp(ends_T, edges, removed_before)
-    return np.diff(kept, prepend=0) > 0
+def _shares(ends_T: Int64, holes: Int64, scored_to: np.int64) -> Float64:
+    """What share of each token's text lies before `scored_to` and outside the holes?"""
+    within_T = np.minimum(ends_T, scored_to)
+    if len(holes):
+        lengths = np.diff(holes, axis=1)[:, 0]
+        removed_before = np.repeat(row_offsets(lengths), 2)[1:-1]
+        within_T = within_T - np.interp(within_T, holes.ravel(), removed_before)
+    return np.diff(within_T, prepend=0) / np.maximum(np.diff(ends_T, prepend=0), 1)

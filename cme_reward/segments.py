@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64
+from cme_reward._rows import PADDING
 from cme_reward._utf8 import WHOLE_CHAR
-from cme_reward.prompts import EnvironmentReader, Message, Prompt, as_messages
-from cme_reward.spans import NO_TEXT, SpanTable
+from cme_reward.conversation.environment import EnvironmentReader
+from cme_reward.conversation.thinking import Piece, Split, split_thoughts
+from cme_reward.prompts import Message, Prompt, as_messages
+from cme_reward.spans import NO_TEXT, THOUGHT, UNFINISHED, SpanTable, kinds_of
+
+
+class Thinking(NamedTuple):
+    """What becomes of a generator's thoughts, see `CMEConfig.thinking`."""
+
+    mode: str = "score"
+    tags: tuple[str, str] = ("<think>", "</think>")
+    tag_ids: Mapping[int, bool] = {}
+    """Special tokens that are tags and write no text, and whether they open."""
 
 
 @dataclass
 class Segment:
-    """One run of sampled tokens, and its text.
+    """A stretch of sampled tokens that is scored at once: a run of them, or an answer in it.
 
     `chat_prompt` and `chat_said` are what a chat model sees before it: messages, and what the same
-    turn already says (tool output inside a response). A base model sees `prompt` and `said`, which
-    holds everything after it.
+    turn already says (what the template puts at its start, tool output, thoughts that are not
+    scored). A base model sees `prompt` and `said`, which holds everything after it. Tokens whose
+    text is not in `text` have no width.
     """
 
     row: int
@@ -39,11 +53,39 @@ class Segment:
     dummy_space: bool
     """The text starts with the space of a SentencePiece dummy prefix, which a message lacks."""
 
+    share_T: NDArray[np.float64] | None = None
+    """How much of each token's text is in `text`; None for all of it."""
+
+    n_thinking: int = 0
+    """Tokens with text that is all in thoughts, tags included."""
+
+    unclosed: bool = False
+    """It ends inside a thought."""
+
     def as_message(self) -> tuple[str, Int64]:
         """Text and ends as part of a chat message."""
         if self.chat_said or not self.dummy_space:
             return self.text, self.ends
         return self.text[1:], np.maximum(self.ends - WHOLE_CHAR, 0)
+
+
+@dataclass
+class _Part(Piece):
+    """Of an assistant's turn: sampled tokens, or what a template or an environment put there."""
+
+    start: int = 0
+    stop: int = 0
+    ends: Int64 | None = None
+    """None where nothing was sampled."""
+    kinds: NDArray[np.uint8] | None = None
+    eos: int | None = None
+
+
+@dataclass
+class _Turn:
+    messages: list[Message]
+    """Of an environment, before it."""
+    parts: list[_Part] = field(default_factory=list)
 
 
 def split_turns(
@@ -53,6 +95,7 @@ def split_turns(
     table: SpanTable,
     reader: EnvironmentReader,
     eos_ids: Int64,
+    thinking: Thinking = Thinking(),  # noqa: B008 (immutable)
 ) -> list[Segment]:
     """The assistant turns of responses, in order.
 
@@ -64,68 +107,149 @@ def split_turns(
         table: the generator's spans.
         reader: the generator's chat template, for what an environment wrote.
         eos_ids: ids with which the generator ends a turn.
+        thinking: what becomes of thoughts.
     """
     runs = [[(0, len(row))] for row in ids] if masks is None else [_runs(mask) for mask in masks]
     pieces = [row[i:j] for row, bounds in zip(ids, runs, strict=True) for i, j in bounds]
-    decoded = iter(zip(*table.decode_batch(pieces), strict=True))
-    segments = []
+    decoded = zip(*table.decode_batch(pieces), strict=True)
     ends_of_turn = set(eos_ids.tolist())
-    for b, bounds in enumerate(runs):
-        chat_prompt, chat_said, said = prompts[b], "", ""
-        previous = 0
-        for start, stop in bounds:
-            if start > previous:
-                written = ids[b][previous:start]
-                text, inline, messages = _environment(written, table, reader)
-                said += text
-                if inline:
-                    chat_said += text
-                else:
-                    turn: list[Message] = [{"role": "assistant", "content": chat_said}]
-                    chat_prompt = [
-                        *as_messages(chat_prompt),
-                        *(turn if previous else []),
-                        *messages,
-                    ]
-                    chat_said = ""
-            text, ends, kinds = next(decoded)
-            segments.append(
-                Segment(
-                    row=b,
-                    start=start,
-                    stop=stop,
-                    prompt=prompts[b],
-                    said=said,
-                    chat_prompt=chat_prompt,
-                    chat_said=chat_said,
-                    text=text,
-                    ends=ends,
-                    kinds=kinds,
-                    eos=_turn_end(ids[b][start:stop], kinds, ends_of_turn),
-                    dummy_space=table.dummy_prefix and text.startswith(" "),
-                )
-            )
-            said += text
-            chat_said += text
-            previous = stop
+
+    def part_of(row: Int64, start: int, stop: int) -> _Part:
+        text, ends, kinds = next(decoded)
+        tags = _tags(row[start:stop], ends, thinking.tag_ids) if thinking.tag_ids else []
+        return _Part(text, tags, start, stop, ends, kinds,
+                     _turn_end(row[start:stop], kinds, ends_of_turn))  # fmt: skip
+
+    segments: list[Segment] = []
+    for b, (row, bounds) in enumerate(zip(ids, runs, strict=True)):
+        parts = (part_of(row, start, stop) for start, stop in bounds)
+        # A string is not known to have been rendered by the generator's template.
+        prefill = "" if isinstance(prompts[b], str) else reader.prefill
+        turns = _turns(row, parts, prefill, reader)
+        segments += _segments(b, prompts[b], turns, thinking, dummy=table.dummy_prefix)
     return segments
+
+
+def _turns(
+    row: Int64, parts: Iterator[_Part], prefill: str, reader: EnvironmentReader
+) -> list[_Turn]:
+    """Sampled parts and what lies between them, turn by turn."""
+    turns = [_Turn([], [_Part(prefill)] if prefill else [])]
+    previous: _Part | None = None
+    for part in parts:
+        if part.start > (previous.stop if previous else 0):
+            unsampled = row[previous.stop if previous else 0 : part.start]
+            end = None
+            if previous is not None and previous.eos is not None:
+                end = row[previous.start + previous.eos : previous.stop]
+            written = reader.read(unsampled[unsampled != PADDING], end)
+            if written.closes or (end is not None and not written.text.strip()):
+                start = [_Part(written.prefill)] if written.prefill else []
+                turns.append(_Turn(list(written.messages), start))
+            else:
+                turns[-1].parts.append(_Part(written.text))
+        turns[-1].parts.append(part)
+        previous = part
+    return turns
+
+
+def _segments(
+    row: int, prompt: Prompt, turns: list[_Turn], thinking: Thinking, *, dummy: bool
+) -> list[Segment]:
+    """What of a response is scored, each with what is shown before it."""
+    segments: list[Segment] = []
+    chat_prompt, said, chat_said, spoke = prompt, "", "", False
+    for n, turn in enumerate(turns):
+        if n:
+            own: list[Message] = [{"role": "assistant", "content": chat_said}] if spoke else []
+            chat_prompt = [*as_messages(chat_prompt), *own, *turn.messages]
+            words = [m["content"] for m in turn.messages if m["content"].strip()]
+            said = "\n\n".join([said, *words, ""])
+            chat_said = ""
+        spoke = any(part.ends is not None for part in turn.parts)
+        for part, split in zip(turn.parts, split_thoughts(turn.parts, thinking.tags), strict=True):
+            shown = 0  # characters of the part so far
+            if part.ends is None:
+                kept = split.answers if thinking.mode == "hide" else [(0, len(part.text))]
+                text = "".join(part.text[i:j] for i, j in kept)
+                said, chat_said = said + text, chat_said + text
+                continue
+            for start, stop, (i, j) in _stretches(part, split, thinking.mode):
+                context = part.text[shown:i] if thinking.mode == "condition" else ""
+                strip = dummy and not chat_said and not shown and context.startswith(" ")
+                said, chat_said = said + context, chat_said + context[strip:]
+                segment = _segment(row, part, start, stop, (i, j))
+                segment.prompt, segment.said = prompt, said
+                segment.chat_prompt, segment.chat_said = chat_prompt, chat_said
+                segment.dummy_space = dummy and not i and segment.text.startswith(" ")
+                segment.n_thinking = _n_thinking(part, split, start, stop)
+                segment.unclosed = split.unclosed and stop == part.stop - part.start
+                segments.append(segment)
+                said, chat_said = said + segment.text, chat_said + segment.as_message()[0]
+                shown = j
+    return segments
+
+
+def _stretches(part: _Part, split: Split, mode: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Tokens `[start, stop)` of the part, and the characters of theirs that are scored.
+
+    A token that starts in an answer belongs to it, one that starts in a thought to the answer
+    behind that.
+    """
+    assert part.ends is not None
+    answers = [(0, len(part.text))] if mode == "score" else split.answers
+    starts_T = np.concatenate([part.ends[:1] * 0, part.ends[:-1]])
+    first = 0
+    for n, (i, j) in enumerate(answers, 1):
+        last = len(answers) == n
+        stop = len(part.ends) if last else int(np.searchsorted(starts_T, WHOLE_CHAR * j))
+        yield first, stop, (i, j)
+        first = stop
+
+
+def _segment(row: int, part: _Part, start: int, stop: int, at: tuple[int, int]) -> Segment:
+    """The tokens `[start, stop)` with the text `at` of the part, nothing before it yet."""
+    assert part.ends is not None
+    assert part.kinds is not None
+    ends, kinds, text = part.ends[start:stop], part.kinds[start:stop], part.text[at[0] : at[1]]
+    share_T = None
+    if at != (0, len(part.text)):
+        widths_T = np.diff(part.ends, prepend=0)[start:stop]
+        ends = np.clip(ends, WHOLE_CHAR * at[0], WHOLE_CHAR * at[1]) - WHOLE_CHAR * at[0]
+        share_T = np.diff(ends, prepend=0) / np.maximum(widths_T, 1)
+        in_answer = share_T > 0
+        kept = (kinds == NO_TEXT) | (kinds == UNFINISHED)
+        kinds = np.where(kept, kinds, np.where(in_answer, kinds_of(text, ends, in_answer), THOUGHT))
+    eos = None if part.eos is None or part.eos < start else part.eos - start
+    return Segment(row, part.start + start, part.start + stop, "", "", "", "", text, ends,
+                   kinds.astype(np.uint8), eos, dummy_space=False, share_T=share_T)  # fmt: skip
+
+
+def _n_thinking(part: _Part, split: Split, start: int, stop: int) -> int:
+    """How many of the tokens write something of a thought and nothing of an answer."""
+    assert part.ends is not None
+    assert part.kinds is not None
+    if not split.has_thoughts(part.text):
+        return 0
+    answers = WHOLE_CHAR * np.array(split.answers)
+    done = np.cumsum(np.diff(answers, axis=1)[:, 0])
+    before = np.repeat(np.append(0, done), 2)[1:-1]  # of answers, at the edges of each
+    answered = np.interp(part.ends, answers.ravel(), before)
+    in_answer = np.diff(answered, prepend=0) > 0
+    wide = np.diff(part.ends, prepend=0) > 0
+    return int(np.count_nonzero((wide & ~in_answer)[start:stop]))
+
+
+def _tags(ids: Int64, ends: Int64, tag_ids: Mapping[int, bool]) -> list[tuple[int, bool]]:
+    """Where special tokens are tags, in characters, and whether these open."""
+    at = np.flatnonzero(np.isin(ids, list(tag_ids)))
+    return [(int(ends[t]) // WHOLE_CHAR, tag_ids[int(ids[t])]) for t in at]
 
 
 def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Bounds of the runs of True."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
     return [(int(i), int(j)) for i, j in edges.reshape(-1, 2)]
-
-
-def _environment(
-    ids: Int64, table: SpanTable, reader: EnvironmentReader
-) -> tuple[str, bool, list[Message]]:
-    """Text without special tokens; whether it stays in the same turn; the messages otherwise."""
-    texts, _, (kinds,) = table.decode_batch([ids])
-    if not texts[0].strip() or not (kinds == NO_TEXT).any():
-        return texts[0], True, []
-    marked_up = reader.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-    return texts[0], False, reader.messages(marked_up)
 
 
 def _turn_end(ids: Int64, kinds: NDArray[np.uint8], eos_ids: set[int]) -> int | None:

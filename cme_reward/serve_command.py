@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -121,9 +122,14 @@ def serve(
             silence,
             verifier_options,
         )
+        from cme_reward.verifiers.batching import check_linger
 
         settled = configuration(config, settings or [])
         keywords = verifier_options(device, options or [])
+        if linger is not None:
+            check_linger(linger)
+        if not math.isfinite(max_body):
+            raise ConfigError(f"--max-body {max_body}: expected a number of MiB")
         body = int(max_body * 2**20)
         limits = ServerSettings(
             token=os.environ.get(TOKEN_VARIABLE),

@@ -25,13 +25,19 @@ from cme_reward._pieces import (
     plain_backend,
     require_fast,
     special_ids,
+    with_pieces,
 )
 from cme_reward._ragged import Int64, flatten, flatten_ids, row_offsets, split
 from cme_reward._repair import incremental_spans, offset_spans
 from cme_reward._utf8 import WHOLE_CHAR, decode_bytes
 from cme_reward.errors import InputError
+from cme_reward.fidelity import require_faithful
 
-__all__ = ["BLANK", "NO_TEXT", "TEXT", "UNFINISHED", "Decoded", "Encoded", "SpanTable"]
+__all__ = ["BLANK", "NO_TEXT", "TEXT", "THOUGHT", "UNFINISHED", "Decoded", "Encoded", "SpanTable"]
+
+
+THOUGHT = 4
+"""A kind that only segments know: a token of a thought that is not scored."""
 
 
 class Decoded(NamedTuple):
@@ -61,6 +67,7 @@ _NO_HOLES = np.zeros((0, 2), dtype=np.int64)
 
 class _Tables(NamedTuple):
     vocab_size: int
+    special: list[int]
     backend: Any
     pieces: Any
 
@@ -71,9 +78,11 @@ _CACHE: WeakKeyDictionary[Any, _Tables] = WeakKeyDictionary()
 def _tables(tokenizer: Any) -> _Tables:
     require_fast(tokenizer)
     tables = _CACHE.get(tokenizer)
-    if tables is None or tables.vocab_size != len(tokenizer):  # tokens were added since
-        backend = plain_backend(tokenizer)
-        tables = _Tables(len(tokenizer), backend, build_pieces(tokenizer, backend))
+    about = len(tokenizer), special_ids(tokenizer).tolist()
+    if tables is None or tables[:2] != about:  # tokens were added, or made special, since
+        backend = plain_backend(tokenizer.backend_tokenizer)
+        require_faithful(tokenizer, backend)
+        tables = _Tables(*about, backend, build_pieces(tokenizer, backend))
         _CACHE[tokenizer] = tables
     return tables
 
@@ -90,21 +99,30 @@ class SpanTable:
     Text is always taken as the continuation of a prompt: a SentencePiece dummy prefix is neither
     added nor stripped, and `"<eos>"` in a text is five characters, not a special token.
 
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        shown: special tokens that write their names; others write nothing.
+
     Raises:
         TokenizerError: if the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, shown: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.vocab_size, self._backend, self._pieces = _tables(tokenizer)
+        self.shown = tuple(shown)
+        self.vocab_size, _, self._backend, self._pieces = _tables(tokenizer)
+        if shown and self._pieces is not None:
+            names = tokenizer.convert_ids_to_tokens(list(shown))
+            named = {i: str(name).encode() for i, name in zip(shown, names, strict=True)}
+            self._pieces = with_pieces(self._pieces, named)
         # Does the tokenizer write a space before a text of its own that decode takes away again?
         self.dummy_prefix = (
             self._backend.encode("a", add_special_tokens=False).ids
             != tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
         )
 
-    def __reduce__(self) -> tuple[type[SpanTable], tuple[Any]]:
-        return SpanTable, (self.tokenizer,)
+    def __reduce__(self) -> tuple[type[SpanTable], tuple[Any, tuple[int, ...]]]:
+        return SpanTable, (self.tokenizer, self.shown)
 
     def __repr__(self) -> str:
         return f"SpanTable({getattr(self.tokenizer, 'name_or_path', '')!r})"
@@ -122,8 +140,12 @@ class SpanTable:
     def tokens(self, ids: Sequence[int] | NDArray[Any]) -> list[str]:
         """What each id writes, to look at: special tokens by name, parts of characters as bytes.
 
-        `" Hello"`, `"<|im_end|>"`, `"<0xF0><0x9F>"`.
+        `" Hello"`, `"<|im_end|>"`, `"<0xF0><0x9F>"`; nothing for padding that is no id.
         """
+        known = [0 <= i < self.vocab_size for i in ids]
+        if not all(known):
+            shown = iter(self.tokens([i for i, k in zip(ids, known, strict=True) if k]))
+            return [next(shown) if k else "" for k in known]
         names = self.tokenizer.convert_ids_to_tokens(list(map(int, ids)))
         if self._pieces is None:
             return names
@@ -166,14 +188,14 @@ class SpanTable:
             )
             byte_ends = np.cumsum(n_bytes[row])
             ends[row] = positions[byte_ends]
-            kinds[row] = _kinds(text, ends[row], n_bytes[row] > 0)
+            kinds[row] = kinds_of(text, ends[row], n_bytes[row] > 0)
             kinds[row][(byte_ends > shown) & (n_bytes[row] > 0)] = UNFINISHED
             texts.append(text)
         if awkward:  # parts of characters, all of which are completed
             at, row_starts = _tokens_of(sorted(awkward), offsets)
             text, along = _along(pieces, ids[at])
             ends[at] = _row_cumsum(np.diff(along, prepend=0), row_starts)
-            kinds[at] = _kinds(text, along, n_bytes[at] > 0)
+            kinds[at] = kinds_of(text, along, n_bytes[at] > 0)
         return Decoded(texts, split(ends, offsets), split(kinds, offsets))
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
@@ -216,12 +238,12 @@ class SpanTable:
 
     def _decode_incrementally(self, ids: Int64, offsets: Int64) -> Decoded:
         decoded = Decoded([], [], [])
-        special = special_ids(self.tokenizer)
+        special = np.setdiff1d(special_ids(self.tokenizer), self.shown)
         for row in split(ids, offsets):
             text, ends = incremental_spans(self.tokenizer, self._backend, row, special)
             decoded.texts.append(text)
             decoded.ends.append(ends)
-            decoded.kinds.append(_kinds(text, ends, np.diff(ends, prepend=0) > 0))
+            decoded.kinds.append(kinds_of(text, ends, np.diff(ends, prepend=0) > 0))
         return decoded
 
 
@@ -286,7 +308,7 @@ def _same_rows(data: bytes, byte_offsets: Int64, raw_texts: list[bytes]) -> NDAr
 _IS_INK = np.array([not chr(code).isspace() for code in range(0x3002)])
 
 
-def _kinds(text: str, ends: Int64, written: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def kinds_of(text: str, ends: Int64, written: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Kinds of tokens by the characters they touch; `written` is False for special tokens."""
     starts = np.concatenate([ends[:1] * 0, ends[:-1]])
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from typing import Any, cast
 
-import numpy as np
 import torch
 
-from cme_reward._pieces import special_ids
 from cme_reward._trl.reward import RewardFunction, cme_reward_func, score
 from cme_reward._trl.settings import check_settings, check_tokenizer
 from cme_reward.advantages import group_advantages
@@ -65,22 +62,33 @@ class CMEGRPOTrainer(GRPOTrainer):
         super().__init__(model, funcs, args, *rest, **kwargs)
         check_settings(self.args, entry.scorer.config, others=len(self.reward_funcs) > 1)
         check_tokenizer(self.processing_class, entry.scorer)
-        self._cme = copy.copy(entry.scorer)
-        if hasattr(self._cme, "eos_ids"):
-            stops = np.intersect1d(self.eos_token_ids, special_ids(self._tokenizer))
-            self._cme.eos_ids = np.union1d(self._cme.eos_ids, stops)
+        self._cme = entry.scorer
+        if hasattr(self._cme, "for_generator"):
+            # TRL puts a template of its own in the place of one that changes what it has written.
+            given: Any = self.chat_template_kwargs
+            own = {"chat_template": self.chat_template} if self.chat_template else {}
+            self._cme = self._cme.for_generator(
+                eos_token_ids=self.eos_token_ids, template_kwargs={**given, **own}
+            )
         # Where others are there, None leaves the entry out of their advantage; alone, it would
         # have TRL warn of unscorable completions in every step.
+        self._cme_masks: list[list[int]] | None = None
         self._cme_calls = _Recorder(entry.__name__, None if len(self.reward_funcs) > 1 else 0.0)
         self.reward_funcs[self._cme_index] = self._cme_calls
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """Keep which tokens were sampled: TRL's `tool_mask` is 0 on all of a truncated completion
+        that it leaves out of the loss."""
+        out = super()._generate(prompts)  # type: ignore
+        self._cme_masks = out[2]
+        return out
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore
         prompts, ids = self._cme_calls.take()
+        masks, self._cme_masks = self._cme_masks, None
         loss_mask_BT = out["completion_mask"].bool()
-        masks = None
         if "tool_mask" in out:
-            masks = [mask[: len(row)] for mask, row in zip(out["tool_mask"], ids, strict=True)]
             loss_mask_BT = loss_mask_BT & out["tool_mask"].bool()
         needs = needed_statistics(self._cme)
         statistics = self._policy_statistics(needs, out, ids) if needs else None

@@ -210,9 +210,11 @@ class FakeEngine:
         refusal = self._refused(ids)
         if refusal:
             return refusal
-        entries: list[Any] = [[None, ids[start], self.tokenizer.decode([ids[start]])]]
-        for i, logprob in zip(ids[start + 1 :], self._logprobs(ids)[start:], strict=True):
-            entries.append([logprob, i, self.tokenizer.decode([i])])
+        texts = [None] * len(ids)
+        if body.get("return_text_in_logprobs"):
+            texts = [self.tokenizer.decode([i]) for i in ids]
+        logprobs = [None, *self._logprobs(ids)[start:]]
+        entries = [list(e) for e in zip(logprobs, ids[start:], texts[start:], strict=True)]
         return 200, {"text": "", "meta_info": {"input_token_logprobs": entries}}
 
     def _logprobs(self, ids: list[int]) -> list[float]:

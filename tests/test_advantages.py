@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import copy
+import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from stubs import TableVerifier
 
-from cme_reward import ConfigError, InputError, group_advantages
+from cme_reward import ConfigError, CrossModelEntropy, InputError, group_advantages
+
+HI = [{"role": "user", "content": "hi"}]
 
 
 def naive(rewards, mask, groups, scale: str, eps: float) -> list[list[float]]:
@@ -101,12 +109,46 @@ def test_keeps_dtype_and_takes_an_empty_batch() -> None:
     assert not group_advantages(torch.randn(3, 2), torch.zeros(3, 2), [0, 0, 0]).any()
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [torch.tensor(7), torch.tensor(8), torch.tensor(7)],
+        list(torch.tensor([7, 8, 7])),
+        [np.int64(7), np.float32(8), 7],
+        [np.array(7), np.array(8), torch.tensor(7)],
+        np.array([7, 8, 7]),
+        ["7", "8", np.str_("7")],
+        [("a", torch.tensor(1)), ("b", torch.tensor(1)), ("a", torch.tensor(1))],
+        [HI, [*HI, *HI], copy.deepcopy(HI)],
+        [tuple(HI), "hi", [dict(reversed(HI[0].items()))]],
+        [HI, json.dumps(HI), HI],
+    ],
+    ids=str,
+)
+def test_groups_go_by_value(groups: Any) -> None:
+    rewards = torch.tensor([[-1.0], [-5.0], [-3.0]])
+    advantages = group_advantages(rewards, torch.ones(3, 1), groups, scale="none")
+    assert advantages.tolist() == [[1], [0], [-1]]
+
+
+def test_prompts_as_messages_are_groups_of_a_batch() -> None:
+    tokenizer = load_tokenizer("bytes")
+    cme = CrossModelEntropy(TableVerifier(tokenizer), tokenizer)
+    prompts = [HI, HI, [{"role": "user", "content": "ho"}]]
+    batch = cme(prompts, [cme.table.encode(text)[0] for text in "abc"])
+    assert torch.equal(batch.advantages(prompts), batch.advantages([0, 0, 1]))
+    assert batch.advantages(prompts)[0] != 0
+
+
 def test_refuses() -> None:
     ones = torch.ones(2, 3)
     with pytest.raises(ConfigError, match="scale='max' is unknown; expected one of std, none"):
         group_advantages(ones, ones, [0, 0], scale="max")
     with pytest.raises(ConfigError, match=r"eps=-0\.1"):
         group_advantages(ones, ones, [0, 0], eps=-0.1)
+    for wrong in (torch.zeros(2), np.zeros(2), {1: 2}, [3]):
+        with pytest.raises(InputError, match=r"group .* cannot be compared with others; expected"):
+            group_advantages(torch.zeros(2, 1), torch.ones(2, 1), [0, wrong])
     with pytest.raises(InputError, match=r"rewards \(2, 3\), mask \(2, 2\) and 2 groups"):
         group_advantages(ones, torch.ones(2, 2), [0, 0])
     with pytest.raises(InputError, match="3 groups"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import pickle
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -383,3 +384,88 @@ def test_a_prompt_is_rendered_once_over_all_calls(monkeypatch: pytest.MonkeyPatc
     cme(["two"], [[5]])
     assert rendered == ["one", "two", "three", "two"]
     assert len(member._rendered) == 2
+
+
+# What is no error to pass on: it would end the thread or the task that it is raised in.
+ENDS = [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError(), GeneratorExit(),
+        StopIteration(1), BaseException("of its own")]  # fmt: skip
+
+
+class Ending(GatedVerifier):
+    """Ends its calls with 13 in them in a way that no verifier should."""
+
+    def __init__(self, end: BaseException) -> None:
+        super().__init__()
+        self.end = end
+
+    def logprobs(self, prompts: Any, responses: Any) -> list[np.ndarray]:
+        try:
+            return super().logprobs(prompts, responses)
+        except VerifierError:
+            raise self.end from None
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+def test_whatever_a_call_ends_in_nobody_waits_for_ever(end: BaseException) -> None:
+    inner = Ending(end)
+    said = rf"table: the call ended in {type(end).__name__}\(.*no verifier should raise"
+    with BatchingVerifier(inner) as shared, ThreadPoolExecutor(8) as pool:
+        threads = queue_up(shared, [[[1]], [[2]], [[13]]], pool)
+
+        async def coroutines() -> list[Any]:
+            tasks = [asyncio.create_task(shared.logprobs_async([[k]], [[k]])) for k in (13, 4, 13)]
+            await asyncio.to_thread(until, waits(shared, 5))
+            inner.gate.set()
+            return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE)
+
+        first, fine, second = asyncio.run(coroutines())
+        np.testing.assert_array_equal(fine[0], logprob_of(np.array([4])))
+        for error in (first, second, threads[2].exception(PATIENCE)):
+            assert isinstance(error, VerifierError)
+            assert re.match(said, str(error))
+            assert error.__cause__ is end
+        for k in (0, 1):
+            np.testing.assert_array_equal(
+                threads[k].result(PATIENCE)[0], logprob_of(np.array([k, k + 1]))
+            )
+        # One alone, and a later one that is fine.
+        with pytest.raises(VerifierError, match=said):
+            pool.submit(shared.logprobs, [[13]], [[1]]).result(PATIENCE)
+        assert len(pool.submit(shared.logprobs, [[5]], [[1]]).result(PATIENCE)) == 1
+
+
+@pytest.mark.parametrize("end", [SystemExit(3), MemoryError("full")], ids=repr)
+def test_a_thread_that_ends_on_its_own_leaves_nobody_waiting(
+    end: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for what fails between two calls of the verifier."""
+    inner = GatedVerifier()
+    with BatchingVerifier(inner) as shared, ThreadPoolExecutor(8) as pool:
+        running, *waiting = queue_up(shared, [[[1]], [[2]], [[3]]], pool)
+
+        def fail(*_: Any) -> Any:
+            monkeypatch.undo()
+            raise end
+
+        monkeypatch.setattr("cme_reward.verifiers.batching._chosen", fail)
+        inner.gate.set()
+        assert len(running.result(PATIENCE)) == 1
+        for answer in waiting:
+            with pytest.raises((VerifierError, MemoryError), match=r"SystemExit\(3\)|full"):
+                answer.result(PATIENCE)
+        assert len(pool.submit(shared.logprobs, [[5]], [[1]]).result(PATIENCE)) == 1
+
+
+def test_a_thread_that_cannot_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = GatedVerifier()
+    inner.gate.set()
+    with BatchingVerifier(inner) as shared:
+        with monkeypatch.context() as patch:
+
+            def fail(*_: Any) -> None:
+                raise RuntimeError("can't start new thread")
+
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(VerifierError, match="takes no call: can't start new thread"):
+                shared.logprobs([[1]], [[2]])
+        assert len(shared.logprobs([[1]], [[2]])) == 1

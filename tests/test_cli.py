@@ -161,10 +161,10 @@ BAD_LINES = [
     (b'{"prompt": "x", "response": "x", "response_ids": [1]}', "has both response and"),
     (b'{"prompt": 5, "response": "x"}', "prompt is 5; expected text, or a list of messages"),
     (b'{"messages": "hi", "response": "x"}', 'messages is "hi"; expected a list of messages'),
-    (b'{"messages": [{"role": "user"}], "response": "x"}', "expected a list of messages"),
+    (b'{"messages": [{"role": "user"}], "response": "x"}', "message 0 (role 'user') holds None"),
     (b'{"prompt": "x", "response": 5}', "response is 5; expected text"),
     (b'{"prompt": "x", "response_ids": "5"}', 'response_ids is "5"; expected a list of token ids'),
-    (b'{"prompt": "x", "response_ids": [1, -1]}', "response_ids[1] is -1; expected token ids"),
+    (b'{"prompt": "x", "response_ids": [1, -1]}', "response_ids[1] is -1, but"),
     (b'{"prompt": "x", "response_ids": [true]}', "response_ids[0] is true"),
     (b'{"prompt": "x", "response_ids": [1.5]}', "response_ids[0] is 1.5"),
     (b'{"prompt": "x", "response_ids": [999999]}', "has ids 0 to "),
@@ -228,6 +228,52 @@ def test_ids_need_their_tokenizer(model: Path) -> None:
     assert "line 1: has response_ids, but whose ids are they?" in result.stderr
     assert "--generator-tokenizer" in result.stderr
     assert len(parsed(result.stdout)) == 1
+
+
+def test_parts_are_text_and_what_is_no_text_is_named(model: Path) -> None:
+    said = [{"type": "text", "text": "One"}, {"type": "text", "text": "?"}]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [
+        {"prompt": "One?", "response": "one"},
+        {"messages": [{"role": "user", "content": said}], "response": "one"},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}], "response": "one"},
+        {"messages": [{"role": "user", "content": "a"}, call], "response": "one"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "tool"}], "response": "one"},
+    ]
+    result = run("score", "-", "--verifier", f"hf:{model}", stdin=lines(rows), status=1)
+    text, parts = parsed(result.stdout)
+    assert parts["token_rewards"] == text["token_rewards"]
+    for report in (
+        "line 3: message 0 (role 'user') holds {'type': 'image'}, which a verifier cannot be shown",
+        "line 4: the chat template of ",
+        "leaves out tool calls of message 1 (role 'assistant')",
+        "line 5: message 1 (role 'tool') holds None",
+    ):
+        assert report in result.stderr
+
+
+def test_padding_under_mask_0_and_after_the_first_end(model: Path) -> None:
+    tokenizer = load_tokenizer("byte-level")
+    ids = [*tokenizer.encode("one said Lily", add_special_tokens=False), tokenizer.eos_token_id]
+    n = len(ids)
+    rows: list[dict[str, Any]] = [
+        {"prompt": "x", "response_ids": ids},
+        {"prompt": "x", "response_ids": [*ids, -100], "response_mask": [1] * n + [0]},
+        {"prompt": "x", "response_ids": [*ids, ids[-1], ids[-1]]},
+        {
+            "prompt": "x",
+            "response_ids": [ids[0], -100, *ids[1:]],
+            "response_mask": [1, 0] + [1] * (n - 1),
+        },
+    ]
+    args = ("score", "-", "--verifier", f"hf:{model}", "--generator-tokenizer", model)
+    result = run(*args, stdin=lines(rows), status=1)
+    alone, *padded = parsed(result.stdout)
+    for row in padded:
+        assert row["sequence_reward"] == alone["sequence_reward"]
+        assert row["mask"][:n] == alone["mask"]
+        assert not any(row["mask"][n:])
+    assert "line 4: response 0, position 1 has mask 0" in result.stderr
 
 
 def test_masks_and_policy_log_probs_are_honoured(model: Path) -> None:

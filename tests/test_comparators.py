@@ -252,3 +252,27 @@ def test_repetition_and_length_are_of_the_sampled_tokens() -> None:
     assert batch.metrics["repetition"] == pytest.approx((3 / 5) / 2)  # 3 of 5 4-grams; none
     assert batch.metrics["length_correlation"] == pytest.approx(1.0)
     assert np.isfinite(list(batch.metrics.values())).all()
+
+
+@pytest.mark.parametrize("name", OF_POLICY)
+def test_what_follows_the_first_end_and_what_is_under_mask_0_is_padding(name: str) -> None:
+    """Two tokens and the end, then pads of 9 nats: with no mask, and as -100 under mask 0."""
+    end = TOKENIZER.eos_token_id
+    reward = load_reward(name, TOKENIZER)
+
+    def scored(ids: list[int], extra: int, masks: list[Any] | None) -> Any:
+        rows = [[[0.5, 1.0, 2.0] + [9.0] * extra]] * 3
+        return reward(["p"], [ids], masks, policy_statistics=PolicyStatistics(*rows))
+
+    alone = scored([10, 11, end], 0, None)
+    padded = scored([10, 11, end, end, end, end, end, end], 5, None)
+    masked = scored([10, 11, end, -100, 10**6], 2, [[1, 1, 1, 0, 0]])
+    for batch in (padded, masked):
+        assert batch.sequence_rewards.tolist() == alone.sequence_rewards.tolist()
+        assert batch.mask.sum() == 3
+        assert batch.token_rewards[0, 2] == alone.sequence_rewards[0]
+        assert batch.metrics["repetition"] == 0
+    other = load_reward(name, TOKENIZER, eos_token_ids=[0])  # <|endoftext|>
+    ids = [10, 11, 0, 0]
+    batch = other(["p"], [ids], policy_statistics=PolicyStatistics(*[[[0.5, 1.0, 2.0, 9.0]]] * 3))
+    assert batch.sequence_rewards.tolist() == alone.sequence_rewards.tolist()

@@ -181,6 +181,14 @@ def test_sglang_reads_a_shared_prompt_once_before_the_rest(verifiers: Any) -> No
         assert server.most_in_flight == 4  # all but the first
 
 
+def test_sglang_decodes_tokens_for_the_handshake_alone(verifiers: Any) -> None:
+    with fake("sglang") as server:
+        verifier = verifiers("sglang", server)
+        verifier.logprobs([[1, 2], [3]], [[4, 5], [6]])
+    asked = [body["return_text_in_logprobs"] for _, _, body in server.requests]
+    assert asked == [True, False, False]
+
+
 def test_vllms_quicker_way_is_taken_where_it_is_offered(
     verifiers: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -344,6 +352,11 @@ def test_urls_that_are_none(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_verifier(spec, **QUICK)
     assert "secret" not in str(caught.value)
+
+
+def test_an_engine_that_is_not_known() -> None:
+    with pytest.raises(ConfigError, match=r"engine='tgi': expected one of 'vllm', 'sglang'"):
+        EndpointVerifier("tgi", ["http://localhost:1"])
 
 
 def test_options_out_of_range() -> None:

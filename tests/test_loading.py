@@ -29,6 +29,14 @@ def test_what_fails_there_is_raised_here():
         in_a_passing_thread(fail)
 
 
+def test_whatever_ends_it_ends_the_wait():
+    def leave() -> None:
+        raise SystemExit("out of the model's own code")
+
+    with pytest.raises(SystemExit, match="own code"):
+        in_a_passing_thread(leave)
+
+
 def test_serve_loads_its_verifier_there(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, served = [], []
     load = cme_reward.verifiers.load_verifier

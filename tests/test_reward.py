@@ -244,10 +244,10 @@ def test_turns_are_scored_in_the_verifiers_own_template(verifier: str) -> None:
     if verifier == "byte-level":
         assert decode(stub.prompts[1]) == (
             "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nsearch(3)<|im_end|>\n"
-            "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n"
+            "<|im_start|>tool\nthree<|im_end|>\n<|im_start|>assistant\n"
         )
     else:  # a base model continues the text, without the generator's markup
-        assert decode(stub.prompts[1]) == "What?search(3)\ntool\nthree\nassistant\n"
+        assert decode(stub.prompts[1]) == "What?search(3)\n\nthree\n\n"
     assert batch.mask[0, len(first) - 1]  # each turn's own end is scored
     assert batch.mask[0, -1]
     assert batch.mask[0].tolist()[len(first) : -len(last)] == [False] * len(between)

@@ -186,18 +186,17 @@ IDS = {"prompts": ["a"], "response_ids": [[5, 6]]}
         ),
         (b'{"prompts":["\\ud800"],"responses":["b"]}', 422, "ValidationError", "half of a surrog"),
         (IDS | {"response_ids": [[5, "6"]]}, 422, "ValidationError", r"ids\[0\]\[1\]: .*integer"),
-        (IDS | {"response_ids": [[-1]]}, 422, "ValidationError", "greater than or equal to 0"),
+        (IDS | {"response_ids": [[-1]]}, 422, "InputError", "id -1 is not in the vocabulary"),
         (IDS | {"response_ids": [[5_000]]}, 422, "InputError", "id 5000 is not in the vocabulary"),
         (IDS | {"response_masks": [[1]]}, 422, "InputError", "response 0 has shape"),
         (GOOD | {"response_masks": [[1]]}, 422, "InputError", "goes by sampled tokens"),
         (IDS | {"append_eos": True}, 422, "InputError", "append_eos is for responses as text"),
         (GOOD | {"level": "word"}, 422, "ValidationError", "level: .*'token' or 'sequence'"),
         (
-            {"messages": [[{"role": "user", "content": "a", "tool_calls": []}]]}
-            | {"responses": []},
+            {"messages": [[{"role": "user", "content": "a", "toolcalls": []}]]} | {"responses": []},
             422,
             "ValidationError",
-            r"messages\[0\]\[0\].tool_calls: unknown field; known: role, content",
+            r"messages\[0\]\[0\].toolcalls: unknown field; known: role, content, tool_calls",
         ),
         ({"messages": [[]], "responses": ["b"]}, 422, "ValidationError", "at least 1 item"),
         (
@@ -256,6 +255,13 @@ def test_options_of_the_native_endpoint(embedded: Any, generator: Any) -> None:
     assert got["token_rewards"][0] == pytest.approx(rewards, abs=TOLERANCE)
     assert got["masks"] == expected.mask.tolist()
 
+    # Under mask 0 any integer is padding.
+    body = {"prompts": ["Count."], "return_tokens": True}
+    body |= {"response_ids": [[*ids, -100]], "response_masks": [[*mask, 0]]}
+    got = ask(embedded, generator, "/v1/score", body).json()
+    assert got["token_rewards"][0] == pytest.approx([*rewards, 0], abs=TOLERANCE)
+    assert got["tokens"][0][-1] == ""
+
 
 def test_the_configuration_is_the_servers(generator: Any) -> None:
     options = {"config": CMEConfig(level="sequence", whitespace="keep", baseline="policy")}
@@ -270,6 +276,26 @@ def test_the_configuration_is_the_servers(generator: Any) -> None:
     assert got["token_rewards"] == [pytest.approx(rewards, abs=TOLERANCE)]
     got = ask(table(), generator, "/v1/score", IDS, **options)
     refused(got, 422, "InputError", "needs policy_logprobs")
+
+
+def test_tool_calls_reach_the_verifiers_template(generator: Any) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>"
+        "{% endfor %}<|im_start|>"
+    )
+    verifier = TableVerifier(load_tokenizer("byte-level"))
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {"messages": [[{"role": "user", "content": parts}, call]], "response_ids": [[5]]}
+    got = ask(verifier, generator, "/v1/score", body, config=CMEConfig(chat_template=template))
+    assert got.status_code == 200
+    assert verifier.tokenizer.decode(verifier.prompts[0]) == (
+        '<|im_start|>user ab<|im_end|><|im_start|>assistant {"name": "f", "arguments": {}}'
+        "<|im_end|><|im_start|>"
+    )
+    got = ask(table("byte-level"), generator, "/v1/score", body)
+    refused(got, 422, "InputError", r"leaves out tool calls of message 1 \(role 'assistant'\)")
 
 
 def test_nothing_to_score(generator: Any) -> None:
@@ -368,6 +394,31 @@ def test_an_error_that_nobody_foresaw_shows_nothing_of_the_inside(
 
     got = ask(Broken(load_tokenizer("sentencepiece")), generator, "/v1/score", IDS)
     refused(got, 500, "KeyError", "an error in the server; see its log")
+
+
+@pytest.mark.parametrize("end", [SystemExit(1), asyncio.CancelledError(), StopIteration()])
+def test_a_call_that_ends_in_anything_is_an_answer(generator: Any, end: BaseException) -> None:
+    """To all who wait for it; raised as it is, it would end the server, or the wrong task."""
+
+    class Ending(TableVerifier):
+        def logprobs(self, prompts: Any, responses: Any) -> Any:
+            if any(len(response) > 3 for response in responses):
+                raise end
+            return super().logprobs(prompts, responses)
+
+    async def test() -> list[Any]:
+        async with serving(Ending(load_tokenizer("sentencepiece")), generator) as client:
+
+            def post(n: int) -> Any:
+                return client.post("/v1/score", json={"prompts": ["a"], "responses": ["b " * n]})
+
+            replies = await asyncio.gather(*(post(n) for n in (1, 9, 9, 1)))
+            return [*replies, await post(1)]
+
+    first, *guilty, second, later = run(test)
+    for reply in guilty:
+        refused(reply, 500, "VerifierError", re.escape(f"the call ended in {end!r}"))
+    assert [reply.status_code for reply in (first, second, later)] == [200, 200, 200]
 
 
 def test_health_metrics_and_documents(generator: Any) -> None:

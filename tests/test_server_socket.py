@@ -352,6 +352,19 @@ def test_what_is_not_started() -> None:
     status, says = start("--verifier", "no", "--generator-tokenizer", str(GENERATOR), "--port", "0")
     assert status == 2
     assert "unknown verifier 'no'" in says
+    # Before anything loads: neither verifier nor tokenizer is there.
+    nothing = ("--verifier", "no", "--generator-tokenizer", "no", "--port", "0")
+    for option, value, message in (
+        ("--linger", "inf", "linger_seconds=inf: expected a number of seconds, 0 or more"),
+        ("--linger", "nan", "Invalid value for '--linger'"),
+        ("--linger", "-1", "Invalid value for '--linger'"),
+        ("--linger", "soon", "Invalid value for '--linger'"),
+        ("--max-body", "inf", "--max-body inf: expected a number of MiB"),
+        ("--max-body", "nan", "Invalid value for '--max-body'"),
+    ):
+        status, says = start(*nothing, f"{option}={value}")
+        assert status == 2
+        assert message in says
     status, says = start("--verifier", "embedded", "--generator-tokenizer", "no", "--port", "0")
     assert status == 2
     assert "cannot load the tokenizer 'no'" in says

@@ -57,6 +57,15 @@ def test_byte_level_ends_are_those_of_the_oracle(name: str, data: st.DataObject)
     assert [Fraction(int(end), WHOLE) for end in ends] == expected
 
 
+def test_half_a_surrogate_at_the_end_is_invalid_and_not_unfinished() -> None:
+    """0xED 0xA1 begins a surrogate half: no third byte makes a character of it."""
+    tokenizer = load_tokenizer("bytes")
+    ids = [tokenizer.convert_tokens_to_ids(char) for char in "aíĤ"]  # 0x61 0xED 0x82: Hangul begins
+    assert SpanTable(tokenizer).decode(ids)[0] == "a"
+    ids = [tokenizer.convert_tokens_to_ids(char) for char in "aí¡"]
+    assert SpanTable(tokenizer).decode(ids)[0] == tokenizer.decode(ids) == "a\ufffd\ufffd"
+
+
 @pytest.mark.parametrize("name", [*BUILDERS, *REAL])
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())

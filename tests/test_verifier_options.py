@@ -28,6 +28,7 @@ from tiny_models import (
 from transformers import PreTrainedTokenizerFast
 
 from cme_reward.errors import ConfigError
+from cme_reward.verifiers import pretrained
 from cme_reward.verifiers.head import float32_forward
 from cme_reward.verifiers.hf import TransformersVerifier
 from cme_reward.verifiers.offload import OffloadedWeights
@@ -216,6 +217,17 @@ class CountingWeights(OffloadedWeights):
         return at_rest.clone()
 
 
+class FullDevice(CountingWeights):
+    """A stand-in for a GPU that has room for some of the weights; -1 for all."""
+
+    room = -1
+
+    def _to_device(self, at_rest: torch.Tensor) -> torch.Tensor:
+        if self.transfers == self.room:
+            raise torch.OutOfMemoryError("no room")
+        return super()._to_device(at_rest)
+
+
 class TestOffload:
     @pytest.mark.parametrize("name", [*MODELS, "llama-tied"])
     def test_weights_move_for_a_call_and_rest_between(self, name, bpe) -> None:
@@ -252,6 +264,57 @@ class TestOffload:
             verifier.logprobs(*ragged_batch())
         hook.remove()
         assert [weight.data_ptr() for weight in model.parameters()] == rest
+        assert_equals_oracle(verifier, *ragged_batch())
+
+    @pytest.mark.parametrize("name", ["llama", "llama-tied"])
+    @pytest.mark.parametrize("n", [0, 1, 7, -1])
+    def test_no_room_for_the_nth_weight_leaves_all_at_rest(self, name, n, bpe) -> None:
+        model = build(CONFIGS[name])
+        verifier = TransformersVerifier(model, bpe)
+        weights = FullDevice(model, torch.device("cpu"))
+        verifier.resident = weights
+        rest = [weight.data_ptr() for weight in model.parameters()]
+        weights.room = n % len(rest)
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            verifier.logprobs(*ragged_batch())
+        assert [weight.data_ptr() for weight in model.parameters()] == rest
+        weights.room = -1
+        assert_equals_oracle(verifier, *ragged_batch())
+
+    def test_weights_that_find_no_place_to_rest_stay_where_they_are(self, bpe) -> None:
+        model = build(CONFIGS["llama"])
+        where = [weight.data_ptr() for weight in model.parameters()]
+
+        class NoRest(CountingWeights):
+            kept = 0
+
+            def _to_rest(self, weight: torch.Tensor) -> torch.Tensor:
+                self.kept += 1
+                if self.kept > 7:
+                    raise RuntimeError("cannot pin memory")
+                return weight.clone()
+
+        with pytest.raises(RuntimeError, match="cannot pin memory"):
+            NoRest(model, torch.device("cpu"))
+        assert [weight.data_ptr() for weight in model.parameters()] == where
+        assert_equals_oracle(TransformersVerifier(model, bpe), *ragged_batch())
+
+    def test_an_error_while_they_leave_does_not_keep_them(self, bpe, monkeypatch) -> None:
+        """What a CUDA device failed at before shows when its cache is emptied."""
+        model = build(CONFIGS["llama"])
+        verifier = TransformersVerifier(model, bpe)
+        verifier.resident = weights = CountingWeights(model, torch.device("cpu"))
+        rest = [weight.data_ptr() for weight in model.parameters()]
+
+        def fail() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+        monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+        weights.device = torch.device("cuda")
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            verifier.logprobs(*ragged_batch())
+        assert [weight.data_ptr() for weight in model.parameters()] == rest
+        weights.device = torch.device("cpu")
         assert_equals_oracle(verifier, *ragged_batch())
 
     def test_on_a_cpu_there_is_nothing_to_do(self, bpe) -> None:
@@ -301,6 +364,31 @@ class TestPlacement:
         TransformersVerifier.from_pretrained(path, **options, max_memory={0: "10GB"})
         assert options.items() <= asked.items()
         assert asked["max_memory"] == {0: "10GB"}
+
+    @pytest.mark.parametrize(
+        ("rank", "devices", "current", "expected"),
+        [
+            (None, 0, 0, "cpu"),
+            (None, 2, 0, "cuda:0"),
+            ("1", 2, 0, "cuda:1"),  # a process of several, before its trainer has said so
+            ("1", 2, 1, "cuda"),
+            ("0", 2, 1, "cuda"),
+            ("1", 1, 0, "cuda"),  # the launcher shows each process its own
+        ],
+    )
+    def test_this_processs_device(self, rank, devices, current, expected, monkeypatch) -> None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        assert pretrained._default_device() == expected
+
+    def test_weights_that_were_never_filled_in_are_refused(self, bpe) -> None:
+        model = build(CONFIGS["llama"], scale=0.0)
+        with pytest.raises(ConfigError, match=r"embeddings are zeros, as FSDP's.*load_verifier"):
+            TransformersVerifier(model, bpe)
 
     def test_missing_accelerate(self, saved, monkeypatch) -> None:
         monkeypatch.setattr(

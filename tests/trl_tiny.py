@@ -170,18 +170,24 @@ def verifier_logprobs(prompt_ids: list[int], ids: list[int], model: Any = None) 
     return [logp[start + s, i].item() for s, i in enumerate(ids)]
 
 
-def naive_rewards(prompt: str, ids: list[int], by: Any = None) -> tuple[list[float | None], float]:
-    """Reward of each token (None where masked) and the sequence reward, for one assistant turn."""
+def naive_rewards(
+    prompt: str | list[dict[str, str]], ids: list[int], by: Any = None, writer: Any = None
+) -> tuple[list[float | None], float]:
+    """Reward of each token (None where masked) and the sequence reward, for one assistant turn.
+
+    `writer` is the policy's tokenizer, where that is not `tokenizer()`.
+    """
     by = verifier() if by is None else by
+    writer = tokenizer() if writer is None else writer
     reader = by.tokenizer
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
         "input_ids"
     ]
-    text, generator_ends = SpanTable(tokenizer()).decode(ids)
+    text, generator_ends = SpanTable(writer).decode(ids)
     ends = generator_ends.tolist()  # twelfths of a character
     verifier_ids, verifier_ends = SpanTable(reader).encode(text)
-    ended = ids[-1:] == [EOS]
+    ended = ids[-1:] == [writer.eos_token_id]
     asked = verifier_ids.tolist() + [PromptFormat(reader).end_of_turn] * ended
     logp = verifier_logprobs(prompt_ids, asked, by.model)
     aligned = oracle.align(
@@ -227,15 +233,24 @@ def expected_advantages(
             for row, advantage in zip(group, same, strict=True):
                 expected[id(row)] = [advantage] * len(row["ids"])
             continue
-        for row in group:
-            expected[id(row)] = []
-        for t in range(max(len(row["ids"]) for row in group)):
-            column = [rewards[t] if t < len(rewards) else None for rewards, _ in scored]
-            advantages = normalised(column, scale=config.scale, eps=config.eps)
-            for row, advantage in zip(group, advantages, strict=True):
-                if t < len(row["ids"]):
-                    expected[id(row)].append(advantage)
+        by_position = per_position([rewards for rewards, _ in scored], config)
+        for row, advantages in zip(group, by_position, strict=True):
+            expected[id(row)] = advantages
     return [expected[id(row)] for row in rows]
+
+
+def per_position(
+    group: list[list[float | None]],
+    config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
+) -> list[list[float]]:
+    """The rewards of a prompt's rollouts, normalised at each position."""
+    advantages: list[list[float]] = [[] for _ in group]
+    for t in range(max(map(len, group))):
+        column = [rewards[t] if t < len(rewards) else None for rewards in group]
+        normal = normalised(column, scale=config.scale, eps=config.eps)
+        for row, rewards, advantage in zip(advantages, group, normal, strict=True):
+            row += [advantage] if t < len(rewards) else []
+    return advantages
 
 
 def worst_error(rows: list[dict[str, Any]], expected: list[list[float]]) -> float:

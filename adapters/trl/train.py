@@ -26,7 +26,7 @@ from cme_reward import ConfigError, InputError
 from cme_reward._values import read_value
 from cme_reward.comparators import REWARDS
 from cme_reward.loading import configuration
-from cme_reward.prompts import PromptFormat
+from cme_reward.prompts import PromptFormat, as_messages, plain_content
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
 Prompt = str | list[dict[str, Any]]
@@ -125,8 +125,11 @@ def for_policy(prompts: list[Prompt], tokenizer: Any, system_prompt: str | None)
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     rows = []
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        kept = [{"role": m["role"], "content": m["content"]} for m in messages]
+        # A column of tables cannot hold tool calls, each with arguments of its own.
+        kept = [
+            {"role": m["role"], "content": plain_content(k, m, "a data set's column")}
+            for k, m in enumerate(as_messages(prompt))
+        ]
         rows.append({"prompt": kept if kept[0]["role"] == "system" else system + kept})
     return Dataset.from_list(rows)
 

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cme_reward import InputError
+from cme_reward.prompts import as_messages, plain_content
+
 Messages = list[dict[str, str]]
 
 
@@ -57,7 +60,14 @@ def conversation(row: dict[str, Any], number: int) -> Messages:
             f"row {number} has the keys {', '.join(row)}; expected `prompt`, a text or messages, "
             "or `messages`"
         )
-    messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in given]
+    try:
+        # A column of tables cannot hold tool calls, each with arguments of its own.
+        messages = [
+            {"role": m["role"], "content": plain_content(k, m, "a data set's column")}
+            for k, m in enumerate(as_messages(given))
+        ]
+    except InputError as error:
+        raise SystemExit(f"row {number}: {error}") from None
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,10 +24,8 @@ _BATCH_ONLY = ("length_correlation", "sequence_reward_mean", "token_reward_std")
 
 def make_scorer(settings: Settings, verifier: Any, tokenizer: Any) -> CrossModelEntropy:
     """The reward for a policy with this tokenizer, which ends where vLLM stops it."""
-    scorer = CrossModelEntropy(verifier, tokenizer, settings.config)
-    stops = np.intersect1d(_stop_ids(tokenizer.name_or_path), special_ids(tokenizer))
-    scorer.eos_ids = np.union1d(scorer.eos_ids, stops)
-    return scorer
+    stops = _stop_ids(tokenizer.name_or_path)
+    return CrossModelEntropy(verifier, tokenizer, settings.config, eos_token_ids=stops)
 
 
 def prompt_of(reader: RenderedReader, rendered: str, label: Any) -> Prompt:
@@ -51,13 +50,21 @@ def metrics_of(batch: CMEBatch) -> dict[str, float]:
     return {"cme/sequence_reward": sequence, **{f"cme/{k}": v for k, v in kept.items()}}
 
 
-def action_ids(
-    output: Mapping[str, Any], max_length: int
-) -> tuple[int, list[int], list[bool], list[float] | None]:
-    """Where a rollout's response starts, its ids, which of them were sampled, their log-probs.
+class Actions(NamedTuple):
+    """A rollout's response: all from its first sampled token to its last."""
 
-    OpenRLHF cuts everything at `max_length`, and so does this.
-    """
+    start: int
+    """Where it is in the rollout."""
+    ids: list[int]
+    sampled: list[bool]
+    policy: list[float] | None
+    """The policy's log-probs."""
+    joints: list[int]
+    """Where a turn follows another at once: the environment had nothing to say."""
+
+
+def actions_of(output: Mapping[str, Any], max_length: int) -> Actions:
+    """OpenRLHF cuts everything at `max_length`, and so does this."""
     ids = [int(i) for i in output["observation_tokens"]][:max_length]
     ranges = [(int(i), min(int(j), len(ids))) for i, j in output["action_ranges"]]
     ranges = [(i, j) for i, j in ranges if i < j]
@@ -66,7 +73,13 @@ def action_ids(
     for i, j in ranges:
         sampled[i - start : j - start] = [True] * (j - i)
     policy = output.get("rollout_log_probs")
-    return start, ids[start:stop], sampled, None if policy is None else list(policy[start:stop])
+    return Actions(
+        start,
+        ids[start:stop],
+        sampled,
+        None if policy is None else list(policy[start:stop]),
+        [i - start for (_, j), (i, _) in pairwise(ranges) if i == j],
+    )
 
 
 async def score_rollout(
@@ -81,7 +94,7 @@ async def score_rollout(
     Raises:
         ConfigError: for `baseline="policy"` where OpenRLHF does not keep the policy's log-probs.
     """
-    start, ids, sampled, policy = action_ids(output, max_length)
+    start, ids, sampled, policy, joints = actions_of(output, max_length)
     if scorer.config.baseline != "policy":
         policy = None
     elif policy is None:
@@ -92,24 +105,41 @@ async def score_rollout(
         )
     known = [i < scorer.table.vocab_size for i in ids]
     if not all(known):  # models pad their vocabulary: such an id has no text and is not scored
-        blank = int(special_ids(scorer.generator_tokenizer)[0])
+        blank = _blank(scorer)
         ids = [i if k else blank for i, k in zip(ids, known, strict=True)]
         sampled = [s and k for s, k in zip(sampled, known, strict=True)]
+    # Between two such turns an end that nobody sampled tells that the first one is over.
+    at = [k for k in joints if ids[k - 1] in scorer.eos_ids]
+    own = np.insert(np.ones(len(ids), dtype=bool), at, False)
+    eos = scorer.generator_tokenizer.eos_token_id
+    ends = [ids[k - 1] if eos is None else eos for k in at]
     batch = await scorer.score_async(
-        [prompt], [ids], [sampled], None if policy is None else [policy]
+        [prompt],
+        [np.insert(np.array(ids, dtype=np.int64), at, ends)],
+        [np.insert(np.array(sampled, dtype=bool), at, False)],
+        None if policy is None else [np.insert(np.array(policy, dtype=float), at, 0.0)],
     )
     sequence = float(batch.sequence_rewards[0])
     bonus = environment_weight * float(output.get("reward") or 0.0)
-    rewards = batch.token_rewards[0].double().numpy() + bonus
+    rewards = batch.token_rewards[0].double().numpy()[own] + bonus
     length = min(len(output["observation_tokens"]), max_length)
     row = np.full(length, np.nan)
-    row[start : start + len(ids)] = np.where(batch.mask[0].numpy(), rewards, np.nan)
+    row[start : start + len(ids)] = np.where(batch.mask[0].numpy()[own], rewards, np.nan)
     logs = dict(output.get("extra_logs") or {})
     output["reward"] = sequence + bonus
     output["scores"] = in_unit_interval(sequence)
     # The axis of actions: entry a is about token a + 1.
     output["extra_logs"] = logs | metrics_of(batch) | {KEY: row[1:].tolist()}
     return output
+
+
+def _blank(scorer: CrossModelEntropy) -> int:
+    """A token without text or meaning, to stand for one that the tokenizer does not have."""
+    tokenizer = scorer.generator_tokenizer
+    named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "unk", "bos", "eos")]
+    usable = [i for i in named if i in special_ids(tokenizer)]
+    usable.sort(key=lambda i: i in scorer.eos_ids)  # rather none that ends a turn
+    return int([*usable, *special_ids(tokenizer)][0])
 
 
 def _stop_ids(name: str) -> list[int]:

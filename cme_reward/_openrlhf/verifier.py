@@ -10,7 +10,7 @@ import numpy as np
 
 from cme_reward._openrlhf.settings import Settings
 from cme_reward.errors import VerifierError
-from cme_reward.verifiers import Ensemble, Verifier, load_verifier
+from cme_reward.verifiers import Ensemble, Verifier, load_verifier, split_spec
 from cme_reward.verifiers.base import TokenIds
 from cme_reward.verifiers.batching import BatchingVerifier
 
@@ -26,8 +26,7 @@ def open_verifier(settings: Settings) -> Verifier | Ensemble:
     Raises:
         VerifierError: if it does not load, or Ray finds no place for its actor in time.
     """
-    parts = [part.strip() for part in settings.verifier.split("+")]
-    members = [_open(part, settings) for part in parts]
+    members = [_open(part, settings) for part in split_spec(settings.verifier)]
     return members[0] if len(members) == 1 else Ensemble(members)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from cme_reward._messages import as_messages
 from cme_reward.errors import InputError
 
 
@@ -21,7 +22,8 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(strict=True, gt=-(2**31), lt=2**31)]
+"""Below 0: padding, under mask 0."""
 Flag = bool | Literal[0, 1]
 LogProb = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -39,13 +41,17 @@ class TextPart(_Strict):
 
 class ChatMessage(_Strict):
     role: Text = Field(min_length=1, max_length=64, examples=["user"])
-    content: Text | list[TextPart] = Field(examples=["What is 2 + 3?"])
+    content: Text | list[TextPart] | None = Field(None, examples=["What is 2 + 3?"])
+    tool_calls: list[dict[str, Any]] | None = Field(
+        None,
+        description="What an assistant called, as its chat template takes it: "
+        '`{"function": {"name": "...", "arguments": {...}}}`.',
+    )
+    tool_call_id: Text | None = None
+    name: Text | None = None
 
-    def plain(self) -> dict[str, str]:
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        return {"role": self.role, "content": content}
+    def plain(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
 
 
 Conversation = Annotated[list[ChatMessage], Field(min_length=1)]
@@ -130,16 +136,16 @@ class ScoreRequest(_Strict):
         return prompts if len(prompts) == n else prompts * n
 
 
-def plain_messages(messages: list[Any]) -> list[dict[str, str]]:
-    """Messages from a label, their roles and texts alone.
+def plain_messages(messages: list[Any]) -> list[dict[str, Any]]:
+    """Messages from a label, without fields that templates do not read.
 
     Raises:
         InputError: for a message without a text.
     """
+    known = ChatMessage.model_fields
     try:
         read = [
-            ChatMessage.model_validate({key: m[key] for key in ("role", "content")})
-            for m in messages
+            ChatMessage.model_validate({key: m[key] for key in known if key in m}) for m in messages
         ]
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
@@ -147,7 +153,9 @@ def plain_messages(messages: list[Any]) -> list[dict[str, str]]:
             f"a message in the label is not one ({first['msg']}); expected "
             '{"role": "user", "content": "..."}'
         ) from error
-    return [message.plain() for message in read]
+    plain = [message.plain() for message in read]
+    as_messages(plain)
+    return plain
 
 
 class ScoreReply(BaseModel):

@@ -28,7 +28,7 @@ def cme_reward_func(
     tokenizer: Any,
     config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
     *,
-    eos_token_ids: Iterable[int] | None = None,
+    eos_token_ids: Iterable[int] = (),
     reward: str = "cme",
     **options: Any,
 ) -> RewardFunction:

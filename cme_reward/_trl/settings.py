@@ -6,6 +6,7 @@ from typing import Any
 
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError
+from cme_reward.fidelity import require_faithful
 
 # Measured with TRL 1.16: in these, d loss / d logp[i, t] is A[i, t] times a number of response i.
 TOKEN_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -69,6 +70,7 @@ def check_tokenizer(processing_class: Any, scorer: Any) -> None:
 
     Raises:
         ConfigError: naming both tokenizers.
+        TokenizerError: for a policy's tokenizer that loses text, see `require_faithful`.
     """
     if hasattr(processing_class, "image_processor"):
         raise ConfigError(
@@ -77,6 +79,8 @@ def check_tokenizer(processing_class: Any, scorer: Any) -> None:
             "processing_class=AutoTokenizer.from_pretrained(...)"
         )
     tokenizer = getattr(scorer, "generator_tokenizer", None)
+    if tokenizer is not processing_class:  # which has been checked
+        require_faithful(processing_class)
     if tokenizer is not None and tokenizer.get_vocab() != processing_class.get_vocab():
         raise ConfigError(
             f"cme_reward_func was given the tokenizer {tokenizer.name_or_path!r} "

@@ -49,12 +49,14 @@ def _describe(outputs: Sequence[Any], i: int, *, validate: bool, logprobs: bool)
             f"continued, or extra_fields[{PROMPT!r}]: a string or messages, set by the agent loop"
         )
     context = [] if given is not None else prompt[len(first) :]
-    sampled = [0] * len(context)
+    sampled, before = [0] * len(context), [0.0] * len(context)
     for earlier in outputs[:i] if context else ():
         said = list(earlier.prompt_ids) + list(earlier.response_ids)
         start = len(earlier.prompt_ids) - len(first)
         if start >= 0 and prompt[: len(said)] == said:
-            sampled[start : start + len(earlier.response_mask)] = earlier.response_mask
+            own = slice(start, start + len(earlier.response_mask))
+            sampled[own] = earlier.response_mask
+            before[own] = earlier.response_logprobs or before[own]
     policy = output.response_logprobs if logprobs else None
     return {
         "row": digest(output.prompt_ids, output.response_ids),
@@ -62,7 +64,7 @@ def _describe(outputs: Sequence[Any], i: int, *, validate: bool, logprobs: bool)
         "context": context,
         "sampled": sampled,
         **({} if given is None else {"prompt": given}),
-        **({} if policy is None else {"logprobs": list(policy)}),
+        **({} if policy is None else {"logprobs": [*before, *policy]}),
         "validate": bool(validate),
     }
 

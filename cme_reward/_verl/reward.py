@@ -119,14 +119,13 @@ class CMEReward(RewardManagerBase):
                 f"a response of {len(ids)} tokens is none of its trajectory's {len(notes)} "
                 "outputs: prompt or response were changed after the agent loop"
             )
-        context, policy = found["context"], found.get("logprobs")
+        context = found["context"]
         return Request(
             prompt=found.get("prompt", prompt),
             ids=[*context, *ids],
             mask=[*found["sampled"], *found["mask"]],
             start=len(context),
-            # Rewards of the context are dropped, whatever is subtracted from them.
-            policy_logprobs=None if policy is None else [0.0] * len(context) + policy,
+            policy_logprobs=found.get("logprobs"),
             validate=found["validate"],
         )
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from cme_reward._pieces import special_ids
 from cme_reward._verl.channel import write_rewards
 from cme_reward._verl.metrics import BusyClock, Tally
 from cme_reward._verl.settings import RewardSettings
@@ -54,12 +53,17 @@ class Scorer:
         self._clock = BusyClock()
         verifier = _shared(open_verifier(settings, config, router_address), settings, self._clock)
         tokenizer, stops = _generator(config)
-        self._cme = CrossModelEntropy(verifier, tokenizer, settings.cme)
-        special = special_ids(tokenizer)
-        self._cme.eos_ids = np.union1d(self._cme.eos_ids, np.intersect1d(stops, special))
+        given = config["data"].get("apply_chat_template_kwargs") or {}
+        self._cme = CrossModelEntropy(
+            verifier,
+            tokenizer,
+            settings.cme,
+            eos_token_ids=stops,
+            generator_template_kwargs=dict(given),
+        )
         # Models pad their vocabulary. An id that the tokenizer lacks has no text and no reward, as
         # a special token that ends nothing.
-        blanks = np.setdiff1d(special, self._cme.eos_ids)
+        blanks = np.setdiff1d(self._cme.special_ids, self._cme.eos_ids)
         self._blank = int(blanks[0]) if blanks.size else self._cme.table.vocab_size
         self._tallies = {False: Tally(), True: Tally()}
         self._failure: str | None = None
@@ -237,7 +241,7 @@ class _TimedEndpoint(_Timed):
 
 
 def _generator(config: Mapping[str, Any]) -> tuple[Any, list[int]]:
-    """The policy's tokenizer, and the ids at which its model's generation stops."""
+    """The policy's tokenizer as the rollouts have it, and the ids at which its model stops."""
     from transformers import GenerationConfig
     from verl.utils import hf_tokenizer
 
@@ -245,6 +249,7 @@ def _generator(config: Mapping[str, Any]) -> tuple[Any, list[int]]:
     path = _local(model.get("tokenizer_path") or model["path"])
     trust = bool(model.get("trust_remote_code", False))
     tokenizer = hf_tokenizer(path, trust_remote_code=trust)
+    tokenizer.chat_template = model.get("custom_chat_template") or tokenizer.chat_template
     try:
         stops = GenerationConfig.from_pretrained(_local(model["path"])).eos_token_id
     except OSError:  # there is none, and the tokenizer's own EOS is all

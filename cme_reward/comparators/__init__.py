@@ -72,7 +72,7 @@ def load_reward(
     *,
     verifier: Verifier | Ensemble | str | None = None,
     policy: Any = None,
-    eos_token_ids: Iterable[int] | None = None,
+    eos_token_ids: Iterable[int] = (),
     device: str | None = None,
     **options: Any,
 ) -> Any:
@@ -101,7 +101,7 @@ def load_reward(
         generator_tokenizer = load_tokenizer(generator_tokenizer)
     if key in _OWN:
         _check_options(key, _OWN[key], options)
-        return _OWN[key](generator_tokenizer, config, **options)
+        return _OWN[key](generator_tokenizer, config, eos_token_ids=eos_token_ids, **options)
     named = policy if key == "self" else verifier
     if named is None:
         what = "the generator: policy=MODEL" if key == "self" else "a verifier: verifier=VERIFIER"
@@ -111,7 +111,7 @@ def load_reward(
     if key == "rlme":
         _check_options(key, RLME, options)
         evaluator = load_verifier(named, **place) if isinstance(named, str) else named
-        return RLME(evaluator, generator_tokenizer, config, **options)
+        return RLME(evaluator, generator_tokenizer, config, eos_token_ids=eos_token_ids, **options)
     if key == "self":
         named = self_verifier(named, generator_tokenizer, **place, **options)
     elif key == "random":
@@ -146,7 +146,11 @@ def call_reward(
 
 def _check_options(name: str, build: Callable[..., Any], options: dict[str, Any]) -> None:
     parameters = inspect.signature(build).parameters.values()
-    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    known = [
+        p.name
+        for p in parameters
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "eos_token_ids"
+    ]
     for option in options:
         if option not in known:
             raise ConfigError(f"{option!r} is no option of {name!r}; known: {', '.join(known)}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,14 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cme_reward._ragged import Int64, flatten_ids, row_offsets, split
-from cme_reward._rows import flat_like, on_host, pad
+from cme_reward._pieces import special_ids
+from cme_reward._ragged import Int64, row_offsets, split
+from cme_reward._rows import flat_like, flat_responses, pad
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators.policy import PolicyStatistics
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError, InputError
 from cme_reward.metrics import length_correlation, repetition
-from cme_reward.prompts import Prompt
+from cme_reward.prompts import Prompt, end_ids
 from cme_reward.spans import SpanTable
 
 Float64 = NDArray[np.float64]
@@ -75,6 +77,7 @@ class Comparator:
         config: see above. `baseline="policy"` is refused.
         per_token: give each token its own part of the reward instead, where the reward is made of
             such parts; `config` then counts as one of `level="token"`. Not in the papers.
+        eos_token_ids: ids with which the generator ends a response, see `CrossModelEntropy`.
     """
 
     name = ""
@@ -91,6 +94,7 @@ class Comparator:
         config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
         *,
         per_token: bool = False,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
         if config.baseline != "none":
             raise ConfigError(
@@ -104,8 +108,19 @@ class Comparator:
             )
         self.generator_tokenizer = generator_tokenizer
         self.table = SpanTable(generator_tokenizer)
+        self.special_ids = special_ids(generator_tokenizer)
+        self.eos_ids = end_ids(generator_tokenizer, eos_token_ids)
         self.per_token = per_token
         self.config = replace(config, level="token" if per_token else "sequence")
+
+    def for_generator(
+        self, *, eos_token_ids: Iterable[int] = (), template_kwargs: Mapping[str, Any] | None = None
+    ) -> Comparator:
+        """The same reward, for a generator that also stops at these ids; it reads no template."""
+        other = copy.copy(self)
+        ends = [*self.eos_ids.tolist(), *eos_token_ids]
+        other.eos_ids = end_ids(self.generator_tokenizer, ends)
+        return other
 
     def __call__(
         self,
@@ -120,8 +135,9 @@ class Comparator:
         Args:
             prompts: B strings or message lists.
             response_ids: the generator's sampled ids, B rows of any length or a `[B, T]` tensor.
-            response_masks: the same shape; 1 for sampled tokens, 0 for padding and for what an
-                environment wrote. None: all sampled.
+            response_masks: the same shape; 1 for sampled tokens, 0 for padding (any integers) and
+                for what an environment wrote. None: all sampled, up to the padding at a row's end
+                (see `CrossModelEntropy`).
             policy_logprobs: `PolicyStatistics.logprobs`, for adapters that have nothing else.
             policy_statistics: what `needs` names, see `policy_statistics`.
 
@@ -129,8 +145,8 @@ class Comparator:
             A `CMEBatch` with T the longest row. No responses give an empty batch.
 
         Raises:
-            InputError: if lengths disagree, an id is outside the vocabulary, or a statistic that
-                the reward needs is missing or not finite.
+            InputError: if lengths disagree, a sampled id is outside the vocabulary, or a statistic
+                that the reward needs is missing or not finite.
         """
         started = time.perf_counter()
         if isinstance(prompts, str) or len(prompts) != len(response_ids):
@@ -138,10 +154,9 @@ class Comparator:
                 f"got {len(prompts)} prompts and {len(response_ids)} responses; expected one "
                 "prompt, a string or a list of messages, for each response"
             )
-        flat, offsets = flatten_ids(on_host(response_ids), self.table.vocab_size, "response")
-        sampled_N = np.ones(len(flat), dtype=bool)
-        if response_masks is not None:
-            sampled_N = flat_like(response_masks, offsets, "response_masks").astype(bool)
+        flat, offsets, sampled_N = flat_responses(
+            response_ids, response_masks, self.table, self.special_ids, self.eos_ids
+        )
         given = policy_statistics or PolicyStatistics()
         if policy_logprobs is not None:
             given = replace(given, logprobs=policy_logprobs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cme_reward import verifiers
 from cme_reward.errors import ConfigError
-from cme_reward.verifiers import Ensemble, Verifier, load_verifier
+from cme_reward.verifiers import Ensemble, Verifier, load_verifier, split_spec
 
 
 def random_verifier(
@@ -26,7 +26,7 @@ def random_verifier(
         ConfigError: for a verifier whose architecture is not at hand, such as a server's.
     """
     if isinstance(verifier, str):
-        specs = [part.strip() for part in verifier.split("+")]
+        specs = split_spec(verifier)
         loaded = [load_verifier(_untrained(spec), seed=seed, **options) for spec in specs]
         return loaded[0] if len(loaded) == 1 else Ensemble(loaded)  # type: ignore[arg-type]
     if isinstance(verifier, Ensemble):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cme_reward._messages import as_messages, plain_content
 from cme_reward.comparators.base import Call, Comparator, Values
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError, VerifierError
-from cme_reward.prompts import Prompt, PromptFormat, as_messages
+from cme_reward.prompts import Prompt, PromptFormat
 from cme_reward.spans import SpanTable
 from cme_reward.verifiers import Ensemble, Verifier, load_verifier
 
@@ -60,7 +61,7 @@ class RLME(Comparator):
         relative: True to divide by the probabilities of both answers: `p(Yes) / (p(Yes) + p(No))`.
         template: what the evaluator reads, with `{prompt}`, `{response}`, `{question}`, and if
             wanted `{positive}`, `{negative}`: one user message to a chat model, plain text to a
-            base model.
+            base model. All of it is text: it cannot write special tokens, and no response can.
 
     A response too long for the evaluator's context is shown without its tail and counted in the
     metric `truncated`; where not even the question fits, the answer is a uniform guess.
@@ -79,8 +80,11 @@ class RLME(Comparator):
         relative: bool = False,
         template: str | None = None,
         per_token: bool = False,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
-        super().__init__(generator_tokenizer, config, per_token=per_token)
+        super().__init__(
+            generator_tokenizer, config, per_token=per_token, eos_token_ids=eos_token_ids
+        )
         self.verifier = load_verifier(verifier) if isinstance(verifier, str) else verifier
         if isinstance(questions, str) or not questions:
             raise ConfigError(f"questions={questions!r}; expected a list of at least one question")
@@ -226,6 +230,10 @@ def _as_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     messages = as_messages(prompt)
+    where = "the evaluator, which reads the request as plain text,"
+    texts = [plain_content(k, message, where) for k, message in enumerate(messages)]
     if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+        return texts[0]
+    return "\n\n".join(
+        f"{m['role'].capitalize()}: {text}" for m, text in zip(messages, texts, strict=True)
+    )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import numpy as np
 
+from cme_reward._keys import prompt_key
 from cme_reward.comparators.answers import final_answer
 from cme_reward.comparators.base import Call, Comparator, Values
 from cme_reward.config import CMEConfig
-from cme_reward.prompts import prompt_key
 
 
 class TTRL(Comparator):
@@ -40,8 +40,11 @@ class TTRL(Comparator):
         *,
         answer: Callable[[str], Hashable] = final_answer,
         per_token: bool = False,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
-        super().__init__(generator_tokenizer, config, per_token=per_token)
+        super().__init__(
+            generator_tokenizer, config, per_token=per_token, eos_token_ids=eos_token_ids
+        )
         self.answer = answer
 
     def values(self, call: Call) -> Values:

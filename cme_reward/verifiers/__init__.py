@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from cme_reward.errors import ConfigError, VerifierError
 from cme_reward.verifiers.base import Verifier
 from cme_reward.verifiers.ensemble import Ensemble
 
-__all__ = ["SPECS", "Ensemble", "Verifier", "load_verifier"]
+__all__ = ["SPECS", "Ensemble", "Verifier", "load_verifier", "split_spec"]
 
 SPECS = {
     "embedded": "the small model shipped with this package; for trying things out, works offline",
@@ -30,7 +31,7 @@ def load_verifier(spec: str, **options: Any) -> Verifier | Ensemble:
     Args:
         spec: `"embedded"`, `"hf:NAME_OR_PATH"`, `"random:NAME_OR_PATH"`, `"vllm:URL"`,
             `"sglang:URL"` (several replicas: URLs joined by commas), or several of these joined
-            by `+`.
+            by `+`. Where the path of a folder holds a `+`, and the folder exists, it is one name.
         options: for `hf:` the keywords of `TransformersVerifier.from_pretrained` (`dtype`,
             `device`, `offload`, `compile`, `quantization_config`, ...), for `random:` those of
             `from_config`, for `vllm:` and `sglang:` those of `EndpointVerifier` (`tokenizer`,
@@ -40,21 +41,39 @@ def load_verifier(spec: str, **options: Any) -> Verifier | Ensemble:
         ConfigError: for an option that a verifier does not have, or a value out of range.
         VerifierError: for an unknown spec (lists the known ones), or a model that does not load.
     """
-    parts = [part.strip() for part in spec.split("+")]
-    if len(parts) > 1:
-        return Ensemble([_load_one(part, options) for part in parts])
-    return _load_one(parts[0], options)
+    # Each of them known, before the first one loads.
+    loaders = [_loader(part, spec) for part in split_spec(spec)]
+    members = [load(**options) for load in loaders]
+    return Ensemble(members) if len(members) > 1 else members[0]
 
 
-def _load_one(spec: str, options: dict[str, Any]) -> Verifier:
+def split_spec(spec: str) -> list[str]:
+    """The members that a spec names. A `+` in the path of a folder that exists is part of it."""
+    pieces, members = spec.split("+"), []
+    while pieces:
+        longest = range(len(pieces), 1, -1)
+        n = next((n for n in longest if _is_folder("+".join(pieces[:n]).strip())), 1)
+        members.append("+".join(pieces[:n]).strip())
+        del pieces[:n]
+    return members
+
+
+def _is_folder(spec: str) -> bool:
     kind, _, name = spec.partition(":")
+    return kind in ("hf", "random") and os.path.isdir(name)
+
+
+def _loader(part: str, spec: str) -> Callable[..., Verifier]:
+    kind, _, name = part.partition(":")
     if kind == "embedded" and not name:
-        return _embedded(**options)
+        return _embedded
     loader = _LOADERS.get(kind)
     if loader is None or not name:
         known = "\n".join(f"  {form:22} {what}" for form, what in SPECS.items())
-        raise VerifierError(f"unknown verifier {spec!r}; expected one of\n{known}")
-    return loader(name, **options)
+        if part != spec.strip():
+            known += f"\n{spec!r} names several; a + is part of a name where such a folder exists"
+        raise VerifierError(f"unknown verifier {part!r}; expected one of\n{known}")
+    return partial(loader, name)
 
 
 def _hf(name: str, **options: Any) -> Verifier:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cme_reward._forks import renew_after_fork
 from cme_reward.errors import ConfigError, VerifierError
 from cme_reward.verifiers.base import Closes, TokenIds, Verifier, close
 
@@ -43,7 +44,9 @@ class BatchingVerifier(Closes):
     A call starts when the verifier is free. What comes in meanwhile waits, and goes into the next
     call together: the oldest first, then those that share a prompt with it, then the others in
     their order, up to `max_batch_tokens`. Results are those of separate calls. When a merged call
-    fails, its parts are tried one by one, so that only those at fault fail.
+    fails, its parts are tried one by one, so that only those at fault fail. What would end a thread
+    or cancel a task, such as `SystemExit`, is a VerifierError to who asked. In a process that forks
+    off, calls that others wait for are left to the first process.
 
     For verifiers that serve one call at a time, such as `hf:`; servers behind `vllm:` and
     `sglang:` do this themselves.
@@ -64,8 +67,7 @@ class BatchingVerifier(Closes):
     ) -> None:
         if max_batch_tokens < 1:
             raise ConfigError(f"{max_batch_tokens=} must be at least 1")
-        if not 0 <= linger_seconds < math.inf:
-            raise ConfigError(f"{linger_seconds=}: expected a number of seconds, 0 or more")
+        check_linger(linger_seconds)
         self.verifier = verifier
         self.max_batch_tokens = max_batch_tokens
         self.linger_seconds = linger_seconds
@@ -73,10 +75,15 @@ class BatchingVerifier(Closes):
         self.tokenizer = verifier.tokenizer
         self.max_length = verifier.max_length
         self.vocab_size = verifier.vocab_size
+        self._closed = False
+        self._start_afresh()
+        renew_after_fork(self, BatchingVerifier._start_afresh)
+
+    def _start_afresh(self) -> None:
         self._waiting: list[_Call] = []
         self._lock = threading.Lock()
         self._company = threading.Condition(self._lock)
-        self._serving = self._closed = False
+        self._serving = False
         self._expected = 0
         self._last_seconds = 0.0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="cme-reward-verifier")
@@ -133,8 +140,8 @@ class BatchingVerifier(Closes):
             if not self._serving:
                 try:
                     self._worker.submit(self._serve)
-                except RuntimeError as error:  # the interpreter ends
-                    raise VerifierError(f"{self.name} was closed") from error
+                except RuntimeError as error:  # the interpreter ends, or has too many threads
+                    raise VerifierError(f"{self.name} takes no call: {error}") from error
                 self._serving = True
             self._waiting.append(call)
             if len(self._waiting) >= self._expected:
@@ -148,34 +155,40 @@ class BatchingVerifier(Closes):
 
     def _serve(self) -> None:
         """One merged call after the other, until nothing waits."""
-        while True:
+        calls: list[_Call] = []
+        try:
+            while calls := self._taken():
+                _deliver(self._outcomes([call for call in calls if call.begins()]))
+        except BaseException as error:  # of the thread itself: nobody is to wait for it
             with self._lock:
-                self._company.wait_for(
-                    lambda: not 0 < len(self._waiting) < self._expected,
-                    min(self.linger_seconds, self._last_seconds),
-                )
-                calls = _chosen(self._waiting, self.max_batch_tokens)
-                taken = set(calls)
-                self._waiting = [call for call in self._waiting if call not in taken]
-                self._serving = bool(calls)
-            if not calls:
-                return
-            _deliver(self._outcomes([call for call in calls if call.begins()]))
+                calls += self._waiting
+                self._waiting, self._serving = [], False
+            _deliver([(call, _told(self.name, error)) for call in calls])
 
-    def _outcomes(self, calls: list[_Call]) -> list[tuple[_Call, Answer | BaseException]]:
+    def _taken(self) -> list[_Call]:
+        """The next calls, taken out of those that wait; none ends the service."""
+        with self._lock:
+            self._company.wait_for(
+                lambda: not 0 < len(self._waiting) < self._expected,
+                min(self.linger_seconds, self._last_seconds),
+            )
+            calls = _chosen(self._waiting, self.max_batch_tokens)
+            taken = set(calls)
+            self._waiting = [call for call in self._waiting if call not in taken]
+            self._serving = bool(calls)
+        return calls
+
+    def _outcomes(self, calls: list[_Call]) -> list[tuple[_Call, Answer | Exception]]:
         if len(calls) > 1:
-            try:
+            with suppress(BaseException):  # whose fault it was shows below
                 answers = iter(self._ask(calls))
-            except Exception:
-                pass  # whose fault it was shows below
-            else:
                 return [(call, [next(answers) for _ in call.responses]) for call in calls]
-        outcomes: list[tuple[_Call, Answer | BaseException]] = []
+        outcomes: list[tuple[_Call, Answer | Exception]] = []
         for call in calls:
             try:
                 outcomes.append((call, self._ask([call])))
             except BaseException as error:
-                outcomes.append((call, error))
+                outcomes.append((call, _told(self.name, error)))
         return outcomes
 
     def _ask(self, calls: Sequence[_Call]) -> Answer:
@@ -212,7 +225,16 @@ def _chosen(waiting: list[_Call], budget: int) -> list[_Call]:
     return chosen
 
 
-def _deliver(outcomes: Sequence[tuple[_Call, Answer | BaseException]]) -> None:
+def _told(name: str, error: BaseException) -> Exception:
+    """An error as a waiter can be given it; some mean another thing where they are raised again."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    told = VerifierError(f"{name}: the call ended in {error!r}, which no verifier should raise")
+    told.__cause__ = error
+    return told
+
+
+def _deliver(outcomes: Sequence[tuple[_Call, Answer | Exception]]) -> None:
     """To threads at once, to the coroutines of an event loop all in one turn of it."""
     loops = defaultdict(list)
     for call, outcome in outcomes:
@@ -225,15 +247,19 @@ def _deliver(outcomes: Sequence[tuple[_Call, Answer | BaseException]]) -> None:
             loop.call_soon_threadsafe(lambda all_: [_settle(*each) for each in all_], settled)
 
 
-def _settle(
-    answer: Future[Answer] | asyncio.Future[Answer], outcome: Answer | BaseException
-) -> None:
-    if answer.cancelled():
+def _settle(answer: Future[Answer] | asyncio.Future[Answer], outcome: Answer | Exception) -> None:
+    if answer.done():  # cancelled, or told before
         return
-    if isinstance(outcome, BaseException):
+    if isinstance(outcome, Exception):
         answer.set_exception(outcome)
     else:
         answer.set_result(outcome)
+
+
+def check_linger(seconds: float) -> None:
+    """Raises ConfigError for what is no time to wait."""
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(f"linger_seconds={seconds}: expected a number of seconds, 0 or more")
 
 
 def _restore(verifier: Verifier, max_batch_tokens: int, linger: float) -> BatchingVerifier:

@@ -40,6 +40,9 @@ class TextDialect(Dialect, Protocol):
         """Environment variables that may hold the API key; the first one set wins."""
         ...
 
+    def request(
+        self, model: str, prompt: Sequence[int], response: Sequence[int], *, texts: bool = False
+    ) -> tuple[str, Any]: ...
     def texts(
         self, reply: Any, prompt: Sequence[int], response: Sequence[int]
     ) -> list[str | None]: ...

@@ -8,17 +8,18 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Coroutine, Sequence
-from functools import cache
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
 
+from cme_reward._forks import renew_after_fork
 from cme_reward.errors import ConfigError, VerifierError
 from cme_reward.verifiers import sglang, vllm, vllm_generate
 from cme_reward.verifiers.base import Closes, TokenIds
 from cme_reward.verifiers.dialect import Dialect, NotScored, TextDialect, with_remedy
 from cme_reward.verifiers.handshake import Handshake
-from cme_reward.verifiers.replicas import Rejected, Replica, Replicas
+from cme_reward.verifiers.replicas import Exchange, Rejected, Replica, Replicas
 
 DIALECTS: dict[str, tuple[TextDialect, Dialect | None]] = {
     "vllm": (vllm, vllm_generate),
@@ -46,13 +47,16 @@ class EndpointVerifier(Closes):
             an engine generates at least one token.
         concurrency: most requests in flight per replica.
         request_seconds: longest wait for one reply.
-        total_seconds: longest wait for one answer, repeated tries and waiting included.
+        total_seconds: longest that one answer takes from its first try on, repeated tries and the
+            waiting between them included. The time for which a request waits for its turn, behind
+            `concurrency` others, counts only where no server answers anyone.
         start_seconds: longest wait for a first server when this is made.
 
-    The API key is read from the environment variable `CME_API_KEY`.
+    The API key is read from the environment variable `CME_API_KEY`. Calls may come from any threads
+    and event loops, and from processes that have forked off, which open connections of their own.
 
     Raises:
-        ConfigError: for a URL that is none.
+        ConfigError: for an engine that is not known, or a URL that is none.
         VerifierError: if no server answers, or one runs another model or tokenizer.
     """
 
@@ -69,6 +73,8 @@ class EndpointVerifier(Closes):
         total_seconds: float = 600.0,
         start_seconds: float = 30.0,
     ) -> None:
+        if engine not in DIALECTS:
+            raise ConfigError(f"{engine=}: expected one of {', '.join(map(repr, DIALECTS))}")
         if not urls or len(set(urls)) < len(urls):
             raise ConfigError(f"urls={list(urls)!r}: expected one or more different URLs")
         for name, value in (
@@ -94,9 +100,8 @@ class EndpointVerifier(Closes):
         self.name = f"{engine}:{','.join(urls)}"
         self._handshake = Handshake(self.dialect, faster, tokenizer, model)
         self._replicas = self._wait(self._connect(urls, start_seconds))
-        # Recovery tasks hold on to the replicas, so nobody else would close what is forgotten.
-        self._finalizer = weakref.finalize(self, _close_soon, self._replicas)
-        self._finalizer.atexit = False
+        self._close_when_forgotten()
+        renew_after_fork(self, EndpointVerifier._renew)
         self.tokenizer = self._handshake.tokenizer
         self.vocab_size = len(self.tokenizer)
         limit = self._handshake.max_length
@@ -137,6 +142,19 @@ class EndpointVerifier(Closes):
         if self._finalizer.detach():
             self._wait(self._replicas.close())
 
+    def _close_when_forgotten(self) -> None:
+        # Recovery tasks hold on to the replicas, so nobody else would close what is forgotten.
+        self._finalizer = weakref.finalize(self, _close_soon, self._replicas)
+        self._finalizer.atexit = False
+
+    def _renew(self) -> None:
+        """In a process that has forked off: connections and waiters of its own."""
+        if self._finalizer.detach():
+            _left_behind.append(self._replicas)
+            self._handshake.renew()
+            self._replicas = self._replicas.forked()
+            self._close_when_forgotten()
+
     async def _connect(self, urls: Sequence[str], start_seconds: float) -> Replicas:
         _, settings = self._arguments
         names = self.dialect.KEY_VARIABLES
@@ -144,9 +162,9 @@ class EndpointVerifier(Closes):
         handshake = self._handshake
 
         # Without `self`, which would then live as long as the replicas do.
-        async def prove(replica: Replica) -> None:
+        async def prove(replica: Replica, exchange: Exchange) -> None:
             try:
-                await handshake.run(replica, replicas.exchange)
+                await handshake.run(replica, exchange)
             except Rejected as error:
                 raise with_remedy(error, names) from error
 
@@ -224,12 +242,38 @@ class EndpointVerifier(Closes):
             raise
 
 
-@cache
+_loop: asyncio.AbstractEventLoop | None = None
+_starting = threading.Lock()
+_left_behind: list[Any] = []
+"""Of the process from which this one has forked off. To free it would close what both share."""
+
+
 def _event_loop() -> asyncio.AbstractEventLoop:
     """A loop in a thread of its own, so that callers may have one of theirs or none."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="cme-reward-http", daemon=True).start()
-    return loop
+    global _loop
+    with _starting:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            args = (_loop,)
+            threading.Thread(target=_run, args=args, name="cme-reward-http", daemon=True).start()
+        return _loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    while not loop.is_closed():
+        # These leave the loop, where everything else becomes the result of its task.
+        with suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
+
+
+def _leave_behind() -> None:
+    global _loop, _starting
+    _left_behind.append(_loop)
+    _loop, _starting = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # elsewhere nothing forks
+    os.register_at_fork(after_in_child=_leave_behind)
 
 
 def _close_soon(replicas: Replicas) -> None:

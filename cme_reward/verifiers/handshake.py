@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 
 from cme_reward.errors import TokenizerError, VerifierError
 from cme_reward.verifiers.dialect import Dialect, TextDialect
-from cme_reward.verifiers.replicas import Busy, Replica
+from cme_reward.verifiers.replicas import Busy, Exchange, Replica
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +19,6 @@ logger = logging.getLogger(__name__)
 # another model by whole nats.
 SAME_MODEL_NATS = 0.1
 PROBE_LENGTH = 48
-
-Exchange = Callable[..., Awaitable[Any]]
 
 
 class Handshake:
@@ -43,6 +40,10 @@ class Handshake:
         self.max_length = 0
         self._probe: list[int] = []
         self._expected: np.ndarray | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """For another event loop."""
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self, replica: Replica, exchange: Exchange) -> None:
@@ -52,7 +53,7 @@ class Handshake:
             if not self._probe:
                 await asyncio.to_thread(self._prepare, replica.url, card)
             prompt, response = self._probe[:1], self._probe[1:]
-            path, body = self.dialect.request(card["id"], prompt, response)
+            path, body = self.dialect.request(card["id"], prompt, response, texts=True)
             reply = await exchange(replica, "POST", path, body)
             try:
                 logprobs = self.dialect.logprobs(reply, prompt, response)
@@ -106,14 +107,13 @@ class Handshake:
         return cards[wanted]
 
     def _prepare(self, url: str, card: dict[str, Any]) -> None:
-        from transformers import AutoTokenizer  # seconds to import
-
+        from cme_reward.fidelity import load_faithful
         from cme_reward.spans import SpanTable
 
         if self.tokenizer is None:
             path = self.tokenizer_path or card.get("root") or card["id"]
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(path)
+                self.tokenizer = load_faithful(path)
             except (OSError, ValueError) as error:
                 raise VerifierError(
                     f"{url} runs {path!r}, but its tokenizer does not load here: give it, "

@@ -15,23 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from cme_reward._forks import renew_after_fork
 from cme_reward.errors import ConfigError, InputError, TokenizerError, VerifierError
 from cme_reward.verifiers.base import Closes, TokenIds
 from cme_reward.verifiers.frozen import FrozenModel, input_device, length_limit
 from cme_reward.verifiers.offload import OffloadedWeights
 from cme_reward.verifiers.pretrained import choose_attention, load_trained, load_untrained
+from cme_reward.verifiers.whole import check_whole
 
 # Below this saving in tokens, batching across prompts beats running a prompt on its own.
 WORTH_SHARING = 1.1
 OWN_OPTIONS = (
-    "max_length",
-    "batch_tokens",
-    "head_rows",
-    "head_dtype",
-    "compile",
-    "offload",
-    "name",
-)
+    "max_length", "batch_tokens", "head_rows", "head_dtype", "compile", "offload", "name",
+)  # fmt: skip
 
 
 class TransformersVerifier(Closes):
@@ -54,7 +50,7 @@ class TransformersVerifier(Closes):
             Nothing to do, and harmless, where the model runs on the CPU.
         name: how reports call this verifier.
 
-    Calls from several threads take turns.
+    Calls from several threads take turns. A process that forks off computes in one thread.
 
     Raises:
         ConfigError: an option has no such value, or the model does not fit it.
@@ -91,6 +87,7 @@ class TransformersVerifier(Closes):
             raise ConfigError(
                 f"{offload=}: expected 'between_calls', or None to keep the weights where they are"
             )
+        check_whole(model, self.name)
         choose_attention(model, getattr(model.config, "_attn_implementation", None))
         self.tokenizer = tokenizer
         self.max_length = length_limit(model.config, tokenizer, max_length)
@@ -113,12 +110,19 @@ class TransformersVerifier(Closes):
             batch_tokens = 512 if self.frozen.device.type == "cpu" else 16_384
         self.batch_tokens = 1 if self.frozen.alone else batch_tokens
         self._turn = Lock()
+        renew_after_fork(self, TransformersVerifier._renew)
+
+    def _renew(self) -> None:
+        self._turn = Lock()
+        if self.device.type == "cpu":  # its threads are in the other process; torch would wait
+            torch.set_num_threads(1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_turn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _turn=Lock())
+        renew_after_fork(self, TransformersVerifier._renew)
 
     @classmethod
     def from_pretrained(

@@ -14,6 +14,7 @@ class OffloadedWeights:
 
     They are never written, so the copy in CPU memory stays valid and only the way to the device
     costs a transfer; that copy is page-locked for CUDA devices, which makes the transfer faster.
+    Where the device has no room for all of them, none stays there, and the error is raised.
     Buffers, which are small, stay on the device.
     """
 
@@ -29,8 +30,12 @@ class OffloadedWeights:
         self.__exit__()
 
     def __enter__(self) -> None:
-        for weight, at_rest in zip(self.weights, self.at_rest, strict=True):
-            weight.data = self._to_device(at_rest)
+        try:
+            for weight, at_rest in zip(self.weights, self.at_rest, strict=True):
+                weight.data = self._to_device(at_rest)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: Any) -> None:
         for weight, at_rest in zip(self.weights, self.at_rest, strict=True):

@@ -6,16 +6,19 @@ through. What it says about options that do not work out is told as a `ConfigErr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_accelerate_available
 
 from cme_reward.errors import ConfigError, VerifierError
+from cme_reward.fidelity import load_faithful
+from cme_reward.verifiers.whole import whole_weights
 
 
 def load_trained(
@@ -31,8 +34,8 @@ def load_trained(
     dtype = checked_dtype(dtype)
     _check_placement(device, kwargs)
     kwargs |= checked_attention(attn_implementation)
-    with _loading(name_or_path, kwargs):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    with whole_weights(), _loading(name_or_path, kwargs):
+        tokenizer = load_faithful(name_or_path, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **kwargs
         )
@@ -61,8 +64,8 @@ def load_untrained(
         )
     attention = checked_attention(attn_implementation)
     remote = {"trust_remote_code": trust_remote_code}
-    with _loading(name_or_path, attention):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **remote)
+    with whole_weights(), _loading(name_or_path, attention):
+        tokenizer = load_faithful(name_or_path, **remote)
         config = AutoConfig.from_pretrained(name_or_path, **remote)
         # Weights are drawn on the CPU, so its generator is the only one to seed and restore.
         with torch.random.fork_rng(devices=[]):
@@ -141,7 +144,12 @@ def _check_placement(device: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    # Before a trainer has chosen the process's device, it is the first one for all of them.
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = torch.cuda.current_device() != 0 or rank >= torch.cuda.device_count()
+    return "cuda" if chosen else f"cuda:{rank}"
 
 
 @contextmanager

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import random
 import re
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
 from cme_reward.errors import ConfigError, VerifierError
+from cme_reward.verifiers.turns import Replica, Turns, any_left, troubles
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 16.0  # seconds
-REMEMBERED_KEYS = 10_000
+
+Exchange = Callable[..., Awaitable[Any]]
 
 
 class Unreachable(Exception):
@@ -42,46 +46,33 @@ class Rejected(VerifierError):
         self.url, self.status, self.message = url, status, message
 
 
-@dataclass(eq=False)
-class Replica:
-    """One URL. `trusted` from a passed proof until the connection fails.
-
-    `dialect` is how it is asked, for whoever proves it to decide.
-    """
-
-    url: str
-    dialect: Any = None
-    in_flight: int = 0
-    trusted: bool = False
-    refused: str = ""
-    """Why it is never to be used again."""
-    trouble: str = ""
-    """Its last error, for messages."""
-    recovery: asyncio.Task[None] | None = None
-
-
 class Replicas:
     """A pool of servers that hold the same model. Lives in one event loop.
 
     Requests that share a key go to one replica while it is there; new keys to the one with the
     fewest requests in flight. Connection errors, replies cut short, 429 and 5xx are tried again,
-    on other replicas too, until `total_seconds` have passed; other 4xx never. A replica that could
-    not be reached serves again only after `prove` has passed: something else may have come up at
-    its address.
+    on other replicas too, until a request has spent `total_seconds` on its tries; other 4xx never.
+    A replica that could not be reached serves again only after `prove` has passed: something else
+    may have come up at its address.
+
+    The time for which a request waits for its turn is none of its own, as long as others get
+    their answers: a slow server is not a lost one. Where nobody gets any, all who wait give up
+    together, after `total_seconds`.
 
     Args:
         urls: base URLs.
-        prove: raises `Unreachable` or `Busy` for "not now", `VerifierError` for "never".
+        prove: asks a replica by the `exchange` it is given; raises `Unreachable` or `Busy` for "not
+            now", `VerifierError` for "never".
         headers: sent with each request.
         concurrency: most requests in flight per replica.
         request_seconds: longest wait for one reply.
-        total_seconds: longest wait for one answer, all tries together.
+        total_seconds: longest that one answer takes from its first try on, all tries together.
     """
 
     def __init__(
         self,
         urls: Sequence[str],
-        prove: Callable[[Replica], Awaitable[None]],
+        prove: Callable[[Replica, Exchange], Awaitable[None]],
         *,
         headers: Mapping[str, str],
         concurrency: int,
@@ -89,16 +80,32 @@ class Replicas:
         total_seconds: float,
     ) -> None:
         self.replicas = [Replica(checked_url(url)) for url in urls]
+        self.headers = dict(headers)
+        self.concurrency = concurrency
+        self.request_seconds = request_seconds
         self.total_seconds = total_seconds
         self._prove = prove
-        self._slots = asyncio.Semaphore(concurrency * len(urls))
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self._changed = asyncio.Event()
-        self._home: dict[Hashable, Replica] = {}
-        self._client = httpx.AsyncClient(
-            headers=dict(headers),
-            timeout=httpx.Timeout(request_seconds, connect=min(10.0, request_seconds)),
+        self._turns = Turns(self.replicas, self.concurrency, self.total_seconds)
+
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            headers=self.headers,
+            timeout=httpx.Timeout(self.request_seconds, connect=min(10.0, self.request_seconds)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
         )
+
+    def forked(self) -> Replicas:
+        """The same pool for a process that has forked off, whose connections are its own."""
+        pool = copy.copy(self)
+        vars(pool).pop("_client", None)
+        pool.replicas = [replace(r, in_flight=0, recovery=None) for r in self.replicas]
+        pool._start_afresh()
+        return pool
 
     async def start(self, seconds: float) -> None:
         """Prove all replicas; come back once one is trusted and the others have answered or failed.
@@ -125,10 +132,12 @@ class Replicas:
             if not late or (len(late) < len(self.replicas) and (answered or left <= 0)):
                 break
             if left <= 0:
-                raise VerifierError(f"no verifier answers after {seconds:g} s\n{self.troubles()}")
+                raise VerifierError(
+                    f"no verifier answers after {seconds:g} s\n{troubles(self.replicas)}"
+                )
             if not patience_shown and answered:
                 patience_shown = True
-                logger.warning("waiting up to %g s for\n%s", seconds, self.troubles())
+                logger.warning("waiting up to %g s for\n%s", seconds, troubles(self.replicas))
             await self._change(min(left, 1.0))
         for replica in late:
             logger.warning("going on without %s until it answers: %s", replica.url, replica.trouble)
@@ -146,33 +155,45 @@ class Replicas:
             VerifierError: no answer in `total_seconds`, or every replica was refused.
         """
         clock = asyncio.get_running_loop().time
-        deadline = clock() + self.total_seconds
-        pause = FIRST_PAUSE
-        async with self._slots:
-            while True:
-                replica = await self._choose(key, deadline)
-                replica.in_flight += 1
-                try:
-                    # A try may not outlive the whole.
-                    async with asyncio.timeout_at(deadline):
-                        return replica, await self.exchange(replica, "POST", *request(replica))
-                except TimeoutError:
-                    self._lost(replica, f"no reply in the {self.total_seconds:g} s allowed in all")
-                except Unreachable as error:
-                    self._lost(replica, str(error))
-                except Busy as error:
-                    replica.trouble = str(error)
-                    self._home.pop(key, None)
-                    # Jitter, so that requests refused together do not come back together.
-                    wait = max(error.pause, pause * random.uniform(0.5, 1.0))
-                    pause = min(2 * pause, LONGEST_PAUSE)
-                    await asyncio.sleep(max(0.0, min(wait, deadline - clock())))
-                finally:
-                    replica.in_flight -= 1
-                if clock() >= deadline:
-                    raise VerifierError(
-                        f"no answer within {self.total_seconds:g} s\n{self.troubles()}"
-                    )
+        left, pause = self.total_seconds, FIRST_PAUSE
+        while True:
+            for lost in self.replicas:
+                if not lost.trusted:
+                    self._recover(lost, pause=FIRST_PAUSE)
+            replica = await self._turns.take(key)
+            began = clock()
+            try:
+                async with asyncio.timeout(left):  # a try may not outlive the whole
+                    reply = await self.exchange(replica, "POST", *request(replica))
+                self._turns.answered()
+                return replica, reply
+            except Rejected:
+                self._turns.answered()
+                raise
+            except TimeoutError:
+                replica.trouble = f"no reply in the {self.total_seconds:g} s allowed in all"
+                if left == self.total_seconds:  # it had all of them for this one try
+                    self._lost(replica, replica.trouble)
+            except Unreachable as error:
+                self._lost(replica, str(error))
+            except Busy as error:
+                replica.trouble = str(error)
+                self._turns.forget(key)
+                # Jitter, so that requests refused together do not come back together.
+                wait = max(error.pause, pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, LONGEST_PAUSE)
+                await asyncio.sleep(max(0.0, min(wait, left - (clock() - began))))
+            finally:
+                self._turns.give_back(replica)
+            while not any(r.trusted for r in self.replicas) and any_left(self.replicas):
+                if clock() - began >= left:
+                    break
+                await self._change(left - (clock() - began))
+            left -= clock() - began
+            if left <= 0:
+                raise VerifierError(
+                    f"no answer within {self.total_seconds:g} s\n{troubles(self.replicas)}"
+                )
 
     async def exchange(self, replica: Replica, method: str, path: str, body: Any = None) -> Any:
         """One request, one reply, as JSON; no second try.
@@ -195,39 +216,12 @@ class Replicas:
                 f"a reply of {len(reply.content)} bytes that is not JSON ({error})"
             ) from error
 
-    def troubles(self) -> str:
-        """A line for each replica: what is wrong with it."""
-        return "\n".join(
-            f"  {r.url}: {r.refused or r.trouble or ('fine' if r.trusted else 'no reply yet')}"
-            for r in self.replicas
-        )
-
     async def close(self) -> None:
         tasks = [r.recovery for r in self.replicas if r.recovery]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
-
-    async def _choose(self, key: Hashable, deadline: float) -> Replica:
-        while True:
-            home = self._home.get(key)
-            if home is not None and home.trusted:
-                return home
-            trusted = [r for r in self.replicas if r.trusted]
-            if trusted:
-                self._home[key] = replica = min(trusted, key=lambda r: r.in_flight)
-                if len(self._home) > REMEMBERED_KEYS:
-                    del self._home[next(iter(self._home))]
-                return replica
-            if all(r.refused for r in self.replicas):
-                raise VerifierError(f"no verifier is left\n{self.troubles()}")
-            left = deadline - asyncio.get_running_loop().time()
-            if left <= 0:
-                raise VerifierError(
-                    f"no verifier answers after {self.total_seconds:g} s\n{self.troubles()}"
-                )
-            await self._change(left)
 
     async def _change(self, seconds: float) -> None:
         """Wait until a replica's standing changes, at most so long."""
@@ -251,12 +245,14 @@ class Replicas:
             while True:
                 await asyncio.sleep(pause)
                 try:
-                    await self._prove(replica)
+                    await self._prove(replica, self.exchange)
                 except (Unreachable, Busy) as error:
                     replica.trouble = str(error)
                     pause = min(max(2 * pause, FIRST_PAUSE), LONGEST_PAUSE)
                     continue
-                except Exception as error:  # also what nobody thought of: it must not go unseen
+                except asyncio.CancelledError:
+                    raise
+                except BaseException as error:  # whatever it is, it must not go unseen
                     known = isinstance(error, VerifierError)
                     replica.refused = str(error) if known else f"{replica.url}: {error!r}"
                     logger.error("not used again: %s", replica.refused, exc_info=not known)
@@ -266,6 +262,7 @@ class Replicas:
         finally:
             replica.recovery = None
             self._changed.set()
+            self._turns.hand_out()
 
 
 def checked_url(url: str) -> str:

@@ -14,8 +14,13 @@ SHARES_PROMPTS = True
 KEY_VARIABLES = ("CME_API_KEY", "SGLANG_API_KEY")
 
 
-def request(model: str, prompt: Sequence[int], response: Sequence[int]) -> tuple[str, Any]:
-    """Path and body that score `response`. Only the native endpoint takes ids and a start."""
+def request(
+    model: str, prompt: Sequence[int], response: Sequence[int], *, texts: bool = False
+) -> tuple[str, Any]:
+    """Path and body that score `response`. Only the native endpoint takes ids and a start.
+
+    The server decodes the tokens one by one for `texts`, so that only the handshake asks for them.
+    """
     return "/generate", {
         "input_ids": [*prompt, *response],
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -23,7 +28,7 @@ def request(model: str, prompt: Sequence[int], response: Sequence[int]) -> tuple
         # The entry at the start is always null, so that it has to be the last prompt token.
         # What lies before may come out of the server's prefix cache.
         "logprob_start_len": len(prompt) - 1,
-        "return_text_in_logprobs": True,
+        "return_text_in_logprobs": texts,
     }
 
 

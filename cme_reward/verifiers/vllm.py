@@ -15,8 +15,10 @@ MINUS_INFINITY = -9999.0  # as vLLM writes it in JSON
 KEY_VARIABLES = ("CME_API_KEY", "VLLM_API_KEY")
 
 
-def request(model: str, prompt: Sequence[int], response: Sequence[int]) -> tuple[str, Any]:
-    """Path and body that score `response`."""
+def request(
+    model: str, prompt: Sequence[int], response: Sequence[int], *, texts: bool = False
+) -> tuple[str, Any]:
+    """Path and body that score `response`. The texts of its ids come in any case."""
     return "/v1/completions", {
         "model": model,
         "prompt": [*prompt, *response],

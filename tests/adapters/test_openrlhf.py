@@ -27,7 +27,7 @@ from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError, lo
 from cme_reward import openrlhf as adapter
 from cme_reward._openrlhf import checks, launch
 from cme_reward._openrlhf import reward as reward_module
-from cme_reward._openrlhf.score import action_ids, in_unit_interval, score_rollout
+from cme_reward._openrlhf.score import actions_of, in_unit_interval, score_rollout
 from cme_reward._openrlhf.settings import Settings, load_settings, variables
 from cme_reward._openrlhf.verifier import open_verifier
 
@@ -205,12 +205,15 @@ def test_what_was_sampled() -> None:
         "rollout_log_probs": [0, 0, -1, -2, 0, 0, -3, -4, -5],
     }
     masks = [True, True, False, False, True, True, True]
-    assert action_ids(output, 100) == (2, [1, 2, 7, 7, 3, 4, 5], masks, [-1, -2, 0, 0, -3, -4, -5])
+    all_of_it = 2, [1, 2, 7, 7, 3, 4, 5], masks, [-1, -2, 0, 0, -3, -4, -5], []
+    assert actions_of(output, 100) == all_of_it
     # As OpenRLHF cuts at 7 and at 5 tokens: 1 2 . . 3 and 1 2.
-    assert action_ids(output, 7) == (2, [1, 2, 7, 7, 3], masks[:5], [-1, -2, 0, 0, -3])
-    assert action_ids(output, 5) == (2, [1, 2], masks[:2], [-1, -2])
+    assert actions_of(output, 7) == (2, [1, 2, 7, 7, 3], masks[:5], [-1, -2, 0, 0, -3], [])
+    assert actions_of(output, 5) == (2, [1, 2], masks[:2], [-1, -2], [])
+    silent = {"observation_tokens": [9, 1, 2, 3, 4], "action_ranges": [(1, 3), (3, 5)]}
+    assert actions_of(silent, 100) == (1, [1, 2, 3, 4], [True] * 4, None, [2])
     none = {"observation_tokens": [9, 8], "action_ranges": []}
-    assert action_ids(none, 100) == (2, [], [], None)
+    assert actions_of(none, 100) == (2, [], [], None, [])
 
 
 def test_an_id_beyond_the_vocabulary_is_not_scored() -> None:

@@ -204,6 +204,34 @@ def test_what_an_environment_wrote_is_not_scored(
     close(rows, [expected[id(row)] for row in rows])
 
 
+def test_truncated_completions_of_several_turns_count_in_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL takes every token of theirs out of its mask, as if nothing had been sampled."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    rolled: list[Any] = []
+
+    def some_cut(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        out = two_turns(prompts, trainer)
+        for ids in out["completion_ids"][::3]:
+            ids[-1] = 400
+        rolled.append((prompts, out))
+        return out
+
+    made = tiny.trainer(
+        tmp_path, options={"rollout_func": some_cut}, mask_truncated_completions=True
+    )
+    tiny.train(made)
+    ((prompts, out),) = rolled
+    batch = CrossModelEntropy(tiny.verifier(), tiny.tokenizer())(
+        prompts, out["completion_ids"], out["env_mask"]
+    )
+    log = made.state.log_history[0]
+    mean = float(batch.sequence_rewards.mean())
+    assert log["rewards/cme/mean"] == pytest.approx(mean, abs=1e-5)
+    assert log["cme/dropped_nats"] == pytest.approx(batch.metrics["dropped_nats"], abs=1e-5)
+
+
 def test_the_stock_trainer_needs_a_mask_for_several_turns() -> None:
     reward = cme_reward_func(tiny.verifier(), tiny.tokenizer(), SEQUENCE)
     turns = [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}]

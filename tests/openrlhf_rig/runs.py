@@ -27,12 +27,31 @@ HERE = Path(__file__).parent
 QUESTIONS = ["What is 2 + 3?", "Tom has 4 pens, buys 1.", "Say hello: naïve café", "Why?"]
 GROUP = 4
 EOS = "<|im_end|>"
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 
 
 @cache
 def tokenizer() -> Any:
     made = copy.deepcopy(load_tokenizer("byte-level"))
     made.pad_token = "<|endoftext|>"
+    return made
+
+
+@cache
+def gemma() -> Any:
+    """The same with Gemma's chat template: a turn ends with another token than a text does."""
+    made = copy.deepcopy(tokenizer())
+    made.add_special_tokens(
+        {"additional_special_tokens": ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]}
+    )
+    made.bos_token, made.eos_token, made.chat_template = "<bos>", "<eos>", GEMMA
     return made
 
 
@@ -48,17 +67,20 @@ def parts() -> list[int]:
     return [i for i, text in enumerate(texts) if "\N{REPLACEMENT CHARACTER}" in text]
 
 
-def save_policy(folder: Path, ends: float = 3.0) -> Path:
-    """A random Qwen2 of 100,000 weights, whose EOS is `exp(ends)` times as likely as any other.
+def save_policy(
+    folder: Path, ends: float = 3.0, writer: Any = None, end_of_turn: str = EOS
+) -> Path:
+    """A random Qwen2 of 100,000 weights, to which the end of turn is `exp(ends)` times as likely.
 
     It does not write parts of characters. One feature of its embeddings is constant, and only the
-    EOS and those have a weight on it.
+    end of turn and those have a weight on it.
     """
+    writer = tokenizer() if writer is None else writer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        eos = tokenizer().eos_token_id
+        eos = writer.convert_tokens_to_ids(end_of_turn)
         config = Qwen2Config(
-            vocab_size=len(tokenizer()),
+            vocab_size=len(writer),
             hidden_size=64,
             intermediate_size=64,
             num_hidden_layers=1,
@@ -66,8 +88,8 @@ def save_policy(folder: Path, ends: float = 3.0) -> Path:
             num_key_value_heads=2,
             max_position_embeddings=512,
             tie_word_embeddings=False,
-            eos_token_id=eos,
-            pad_token_id=tokenizer().pad_token_id,
+            eos_token_id=sorted({writer.eos_token_id, eos}),
+            pad_token_id=writer.pad_token_id,
             bos_token_id=None,
         )
         model: Any = Qwen2ForCausalLM(config)
@@ -80,7 +102,7 @@ def save_policy(folder: Path, ends: float = 3.0) -> Path:
         model.lm_head.weight[parts()] = 0.0
         model.lm_head.weight[parts(), 0] = -20 * float(norm)
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    writer.save_pretrained(folder)
     return folder
 
 
@@ -189,7 +211,7 @@ def train(
 
     `command` is a module's name and its flags, or a program.
     """
-    for file in folder.glob("step-*.pt"):
+    for file in (*folder.glob("step-*.pt"), *folder.glob("asked.jsonl")):
         file.unlink()
     done = subprocess.run(
         command if command[0] == "sh" else [sys.executable, "-m", *command],
@@ -206,6 +228,11 @@ def train(
 def read_steps(folder: Path) -> list[list[dict[str, Any]]]:
     """What the experience maker returned, for each step its rows."""
     return [torch.load(file) for file in sorted(folder.glob("step-*.pt"))]
+
+
+def read_asked(folder: Path) -> list[list[int]]:
+    """What the shared verifier was asked: prompts and responses, as ids."""
+    return [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
 
 
 def verifier_logprobs(prompt_ids: list[int], ids: list[int]) -> list[float]:
@@ -225,17 +252,41 @@ def question_of(rendered: str) -> str:
     return question
 
 
-def naive_rewards(
-    prompt: str | list[dict[str, str]], ids: list[int]
-) -> tuple[list[float | None], float]:
+def with_observations(row: dict[str, Any]) -> dict[str, Any]:
+    """A rollout of several turns from its first sampled token to its last, all between included."""
+    at = [a + 1 for a, sampled in enumerate(row["mask"]) if sampled]
+    given = dict(zip(at, row["advantages"], strict=True))
+    places = range(at[0], at[-1] + 1)
+    return {
+        **row,
+        "ids": row["sequence"][at[0] : at[-1] + 1],
+        "sampled": [place in given for place in places],
+        "advantages": [given.get(place, 0.0) for place in places],
+        "kl": [0.0] * len(places),
+    }
+
+
+def naive_rewards(prompt: str, ids: list[int]) -> tuple[list[float | None], float]:
     """Reward of each token (None where masked) and the sequence reward, for one assistant turn."""
+    messages = [{"role": "user", "content": prompt}]
+    _, rewards, logp = naive_scores(messages, ids, tokenizer(), EOS)
+    return rewards, statistics.fmean(logp) if logp else -float(torch.tensor(2048.0).log())
+
+
+def naive_scores(
+    messages: list[dict[str, str]], ids: list[int], writer: Any, end_of_turn: str
+) -> tuple[list[int], list[float | None], list[float]]:
+    """What the verifier reads, prompt and response; rewards; and log-probs of its tokens.
+
+    `ids` are one assistant turn in tokens of `writer`; rewards are None where masked.
+    """
     reader = verifier().tokenizer
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    (text,), (generator_ends,), (kinds,) = SpanTable(tokenizer()).decode_batch([ids])
+    (text,), (generator_ends,), (kinds,) = SpanTable(writer).decode_batch([ids])
     ends = generator_ends.tolist()  # twelfths of a character
     verifier_ids, verifier_ends = SpanTable(reader).encode(text)
-    ended = ids[-1:] == [tokenizer().eos_token_id]
+    ends_of_turn = {writer.eos_token_id, writer.convert_tokens_to_ids(end_of_turn)}
+    ended = not ends_of_turn.isdisjoint(ids[-1:])
     asked = verifier_ids.tolist() + [reader.convert_tokens_to_ids("<|end|>")] * ended
     logp = verifier_logprobs(prompt_ids, asked)
     aligned = oracle.align(
@@ -248,7 +299,7 @@ def naive_rewards(
         rewards.append(None if end == start or shown.isspace() or cut else float(value))
     if ended:
         rewards[-1] = logp[-1]
-    return rewards, statistics.fmean(logp) if logp else -float(torch.tensor(2048.0).log())
+    return prompt_ids + asked, rewards, logp
 
 
 def normalised(values: list[float | None], *, scale: str, eps: float) -> list[float]:
@@ -273,6 +324,7 @@ def expected_advantages(
     beta: float = 0.0,
     limits: tuple[float, float] = (-10.0, 10.0),
     penalty: Any = lambda row: 0.0,
+    score: Any = lambda row: naive_rewards(question_of(row["prompt"]), row["ids"]),
 ) -> dict[int, list[float]]:
     """By a rollout's index: advantages of its tokens, recomputed from their ids."""
     groups: dict[int, list[dict[str, Any]]] = {}
@@ -282,7 +334,7 @@ def expected_advantages(
     for group in groups.values():
         assert len(group) == GROUP
         assert len({row["prompt"] for row in group}) == 1
-        scored = [naive_rewards(question_of(row["prompt"]), row["ids"]) for row in group]
+        scored = [score(row) for row in group]
         taken = [penalty(row) for row in group]
         own: list[list[float]] = [[] for _ in group]
         if config.level == "sequence":

@@ -23,6 +23,8 @@ TRAINED = Path(SHARED) / "models" / "stories260K" if SHARED else EMBEDDED
 """A base model that others trained, with a SentencePiece tokenizer; the embedded chat model where
 there is none."""
 
+Message = dict[str, str]
+
 
 class NaiveVerifier:
     """A small model, asked by one plain forward pass per response.
@@ -32,6 +34,8 @@ class NaiveVerifier:
 
     def __init__(self, path: Path = EMBEDDED) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.asked: list[list[int]] = []
+        """Prompts and responses, as ids."""
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
         # A text that goes on has no space of SentencePiece's in front of it.
         self.going_on: Any = AutoTokenizer.from_pretrained(path)
@@ -42,26 +46,44 @@ class NaiveVerifier:
 
     @torch.no_grad()
     def logprobs(
-        self, content: str, said: str, text: str, *, end: bool
+        self, content: str | list[Message], said: str, text: str, *, end: bool
     ) -> tuple[list[tuple[int, int]], Any]:
         """Character spans of the text's tokens, and log-probs: one more for the end of turn."""
         if self.tokenizer.chat_template:
-            chat = f"<|bos|><|user|>{content}<|assistant|>"
+            messages = content if isinstance(content, list) else [user(content)]
+            chat = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
             prompt = self.tokenizer.encode(chat, add_special_tokens=False)
         else:
             prompt = self.tokenizer.encode(content)
         prompt += self.going_on.encode(said, add_special_tokens=False)
         encoded = self.going_on(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"] + ([self.tokenizer.eos_token_id] if end else [])
+        self.asked.append(prompt + ids)
         logits_SV = self.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
         found = [float(logits_SV[len(prompt) - 1 + s, i]) for s, i in enumerate(ids)]
         return encoded["offset_mapping"], np.array(found)
 
 
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
 def token_rewards(
-    verifier: NaiveVerifier, policy: Any, content: str, ids: list[int], sampled: list[int]
+    verifier: NaiveVerifier,
+    policy: Any,
+    content: str,
+    ids: list[int],
+    sampled: list[int],
+    observe: Callable[[str], Message] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards and mask of one response whose environment writes plain text inside the turn."""
+    """Rewards and mask of one response.
+
+    What was not sampled is plain text inside the turn, or, where `observe` is given, a message: the
+    one with which the environment answers what was said.
+    """
+    messages = [user(content)]
     rewards, mask = np.zeros(len(ids)), np.zeros(len(ids), dtype=bool)
     special = {i for i, token in policy.added_tokens_decoder.items() if token.special}
     texts = ["" if i >= len(policy) or i in special else policy.decode([i]) for i in ids]
@@ -74,7 +96,8 @@ def token_rewards(
         if sampled[t]:
             last = stop - 1
             end = ids[last] == policy.eos_token_id
-            spans, logp = verifier.logprobs(content, said, text, end=end)
+            before = content if observe is None else messages
+            spans, logp = verifier.logprobs(before, said, text, end=end)
             start = 0
             for k in range(t, stop):
                 width = start + len(texts[k])
@@ -86,7 +109,12 @@ def token_rewards(
                 start = width
             if end:
                 rewards[last], mask[last] = logp[-1], True
-        said += text
+        if sampled[t] or observe is None:
+            said += text
+        else:
+            messages = [*messages, {"role": "assistant", "content": said}, observe(said)]
+            assert policy.decode(ids[t:stop]).count(messages[-1]["content"]) == 1
+            said = ""
         t = stop
     return np.where(mask, rewards, 0), mask
 
@@ -138,10 +166,10 @@ def advantages(
 
 
 def content_of(policy: Any, prompt_ids: Any) -> str:
-    """The user's words in a prompt."""
-    found = re.match(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", policy.decode(prompt_ids))
+    """The user's words in a prompt of `make_prompts`."""
+    found = re.search(r"\d+ plus \d+ equals", policy.decode(prompt_ids))
     assert found, policy.decode(prompt_ids)
-    return found[1]
+    return found[0]
 
 
 def largest_difference(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import zlib
 from collections import Counter
@@ -29,8 +30,8 @@ class Generator:
         self.seen: Counter[tuple[int, ...]] = Counter()
         documents = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
         text = "\n".join(document.read_text(encoding="utf-8") for document in documents)
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.script: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.script: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
 
     async def generate(
         self, prompt_ids: Any, sampling_params: dict[str, Any], **_: Any
@@ -45,6 +46,9 @@ class Generator:
             at = int(torch.randint(len(self.script) - limit, (1,), generator=random))
             words = self.script[at : at + limit]
             return self._output(words, [0.0] * limit, sampling_params)
+        if os.environ.get("VERL_RIG_CALLS") and self._may_call(prompt):
+            words = self._call(int(torch.randint(1, 9, (1,), generator=random)))
+            return self._output(words, [0.0] * len(words), sampling_params)
         ids, logprobs, past, shown = [], [], None, torch.tensor([prompt])
         while len(ids) < limit:
             with torch.no_grad():  # left before the loop can switch to another rollout
@@ -60,6 +64,19 @@ class Generator:
             shown = torch.tensor([[token]])
             await asyncio.sleep(0)
         return self._output(ids, logprobs, sampling_params)
+
+    def _may_call(self, prompt: list[int]) -> bool:
+        """Whether the prompt offers a tool, and no call has been made."""
+        text = self.tokenizer.decode(prompt)
+        return '"name": "add"' in text and "</tool_call>" not in text
+
+    def _call(self, number: int) -> list[int]:
+        """STAND-IN for a policy that calls its tool: this one is untrained and never would."""
+        arguments = f'{{"a": {number}, "b": 2}}'
+        call = f' <tool_call>\n{{"name": "add", "arguments": {arguments}}}\n</tool_call>'
+        return [
+            *self.tokenizer.encode(call, add_special_tokens=False), self.tokenizer.eos_token_id
+        ]  # fmt: skip
 
     def _output(
         self, ids: list[int], logprobs: list[float], sampling_params: dict[str, Any]
@@ -101,6 +118,8 @@ class HostedVerifier:
         class Engine(ModelEngine):
             def _logprobs(self, ids: list[int]) -> list[float]:
                 assert hosted.awake, "asked while asleep"
+                with (Path(os.environ["VERL_RIG_RECORD"]) / "asked.jsonl").open("a") as file:
+                    file.write(json.dumps(ids) + "\n")
                 return super()._logprobs(ids)
 
         self.engine = Engine(engine, path)

@@ -145,8 +145,8 @@ class Engine:
         return SimpleNamespace(outputs=[output])
 
 
-def rendered(question: str) -> str:
-    return runs.tokenizer().apply_chat_template(
+def rendered(question: str, writer: Any = None) -> str:
+    return (writer or runs.tokenizer()).apply_chat_template(
         [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
     )
 
@@ -370,12 +370,37 @@ def test_the_agent_by_its_file(modules: SimpleNamespace) -> None:
     assert isinstance(executor, adapter.AgentExecutor)
 
 
+@pytest.mark.parametrize(
+    ("writer", "end_of_turn", "feedback"),
+    [
+        (
+            runs.tokenizer(),
+            "<|im_end|>",
+            "\n<|im_start|>user\nAgain, please.<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            runs.gemma(),
+            "<end_of_turn>",
+            "\n<start_of_turn>user\nAgain, please.<end_of_turn>\n<start_of_turn>model\n",
+        ),
+    ],
+    ids=["chatml", "gemma"],
+)
+@pytest.mark.parametrize("silent", [False, True])
 def test_several_turns_with_an_environment(
-    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    modules: SimpleNamespace,
+    writer: Any,
+    end_of_turn: str,
+    feedback: str,
+    silent: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Feedback is shown to the verifier and not scored; its reward is on every scored token."""
+    """Feedback is shown to the verifier and not scored; its reward is on every scored token.
+
+    An environment that says nothing leaves two turns next to each other.
+    """
     monkeypatch.setenv("CME_ENVIRONMENT_WEIGHT", "0.5")
-    feedback = "\n<|im_start|>user\nAgain, please.<|im_end|>\n<|im_start|>assistant\n"
+    feedback = "" if silent else feedback
 
     class Twice(modules.agent.AgentInstanceBase):
         def __init__(self) -> None:
@@ -393,35 +418,37 @@ def test_several_turns_with_an_environment(
     class EndingEngine(Engine):
         async def generate(self, ids: Any, params: Any, multi_modal_data: Any = None) -> Any:
             self.calls = 1  # every turn ends by itself
-            return await super().generate(ids, params, multi_modal_data)
+            answer = await super().generate(ids, params, multi_modal_data)
+            answer.outputs[0].token_ids[-1] = writer.convert_tokens_to_ids(end_of_turn)
+            return answer
 
     executor = adapter.MultiTurnAgentExecutor(Twice)
     question = runs.QUESTIONS[0]
-
     output = asyncio.run(
         executor.execute(
-            prompt=rendered(question),
+            prompt=rendered(question, writer),
             label="5",
             sampling_params=SamplingParams(max_tokens=10, skip_special_tokens=False),
             max_length=LIMIT,
-            hf_tokenizer=runs.tokenizer(),
+            hf_tokenizer=writer,
             llm_engine=EndingEngine(),
         )
     )
     first, second = output["action_ranges"]
     ids = output["observation_tokens"]
     row = [float("nan"), *output["extra_logs"][checks.KEY]]
-    rewards, _ = runs.naive_rewards(question, ids[slice(*first)])
+    asked = [{"role": "user", "content": question}]
+    rewards = runs.naive_scores(asked, ids[slice(*first)], writer, end_of_turn)[1]
     want = [float("nan") if r is None else r + 1.5 for r in rewards]  # 0.5 * 3 nats
     assert row[slice(*first)] == pytest.approx(want, abs=1e-4, nan_ok=True)
     assert all(value != value for value in row[first[1] : second[0]])
-    said = runs.SpanTable(runs.tokenizer()).decode(ids[slice(*first)])[0]
+    said = runs.SpanTable(writer).decode(ids[slice(*first)])[0]
     conversation = [
-        {"role": "user", "content": question},
+        *asked,
         {"role": "assistant", "content": said},
-        {"role": "user", "content": "Again, please."},
+        *([] if silent else [{"role": "user", "content": "Again, please."}]),
     ]
-    rewards, _ = runs.naive_rewards(conversation, ids[slice(*second)])
+    rewards = runs.naive_scores(conversation, ids[slice(*second)], writer, end_of_turn)[1]
     want = [float("nan") if r is None else r + 1.5 for r in rewards]
     assert row[slice(*second)] == pytest.approx(want, abs=1e-4, nan_ok=True)
     (experience,) = experiences_of(modules, [output])

@@ -3,7 +3,10 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 import runs
 from server_tools import Program
+from two_turns import observation, pay
 
 from cme_reward import CMEConfig
 
@@ -27,6 +31,7 @@ SCRIPT = ["sh", str(ADAPTERS / "train.sh")]
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("rig")
     runs.save_policy(folder / "policy")
+    runs.save_policy(folder / "gemma", 4.0, runs.gemma(), "<end_of_turn>")
     runs.save_prompts(folder / "prompts.jsonl")
     with runs.cluster(folder) as address:
         yield SimpleNamespace(folder=folder, ray=address["ray"])
@@ -88,23 +93,70 @@ def test_token_level_with_all_that_openrlhf_adds(rig: Any) -> None:
     assert max(abs(k) for row in steps[1] for k in row["kl"]) > 0
 
 
-def test_token_level_trained_while_generating(rig: Any) -> None:
-    """Another actor trains then; labels carry the messages; settings are in a file."""
+def test_two_turns_with_an_environment_trained_while_generating(rig: Any) -> None:
+    """Another actor trains then; labels carry the messages; settings are in a file.
+
+    The policy's chat template is Gemma's, and the environment writes in it between two turns.
+    """
     file = rig.folder / "settings.yaml"
-    file.write_text("verifier: embedded\ncme:\n  eps: 0.05\n", encoding="utf-8")
+    file.write_text(
+        "verifier: embedded\nenvironment_weight: 0.5\ncme:\n  eps: 0.05\n", encoding="utf-8"
+    )
     steps = train(
         rig,
         OURS,
         {"CME_SETTINGS": str(file)},
         **{
             "train.async_enable": True,
-            "train.agent_func_path": ADAPTERS / "agent.py",
+            "train.agent_func_path": runs.HERE / "two_turns.py",
+            "actor.model_name_or_path": rig.folder / "gemma",
             "data.label_key": "conversation",
+            "data.max_len": 128,
         },
     )
+    shown: list[list[int]] = []
+    turns = []
     for rows in steps:
-        want = runs.expected_advantages(rows, CMEConfig(eps=0.05))
-        equal(rows, want)
+        whole = [runs.with_observations(row) for row in rows]
+        want = runs.expected_advantages(
+            whole, CMEConfig(eps=0.05), score=lambda row: two_turns(row, shown)
+        )
+        for row in whole:  # an environment's tokens have a position, and no advantage
+            own = zip(want[row["index"]], row["sampled"], strict=True)
+            want[row["index"]] = [a * sampled for a, sampled in own]
+            turns.append(1 + (False in row["sampled"]))
+        equal(whole, want)
+    assert turns.count(2) >= 12
+    asked = runs.read_asked(rig.folder)
+    assert sorted(asked) == sorted(shown)
+    assert "_of_turn>" not in "".join(map(runs.verifier().tokenizer.decode, asked))
+
+
+def two_turns(row: Any, shown: list[list[int]]) -> tuple[list[float | None], float]:
+    """Rewards of a rollout's tokens, None where the environment wrote; and of all of it.
+
+    Adds to `shown` what the verifier is to read: its own chat template over exactly the messages.
+    """
+    policy, messages = runs.gemma(), json.loads(row["label"])
+    rewards, logp, start, said = [], [], 0, ""
+    for sampled, run in itertools.groupby(row["sampled"]):
+        ids = row["ids"][start : start + len(list(run))]
+        start += len(ids)
+        if not sampled:
+            assert observation(said) in policy.decode(ids)
+            messages.append({"role": "user", "content": observation(said)})
+            rewards += [None] * len(ids)
+            continue
+        asked, of_turn, own = runs.naive_scores(messages, ids, policy, "<end_of_turn>")
+        shown.append(asked)
+        rewards += of_turn
+        logp += own
+        stopped = policy.decode(ids[-1:]) in ("<end_of_turn>", "<eos>")
+        said = policy.decode(ids[: len(ids) - stopped])  # what the environment reads
+        text = policy.decode(ids, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text})
+    bonus = 0.5 * pay(said) if False in row["sampled"] else 0.0
+    return [r if r is None else r + bonus for r in rewards], statistics.fmean(logp)
 
 
 OPENRLHFS = CMEConfig(level="sequence", eps=1e-9)  # how OpenRLHF itself normalises

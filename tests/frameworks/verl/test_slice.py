@@ -24,6 +24,7 @@ from verl_rig import naive
 from cme_reward import ConfigError, InputError
 from cme_reward._verl import reward as reward_module
 from cme_reward._verl.outputs import KEY, attach, describe, detach
+from cme_reward._verl.scorer import Scorer
 
 TEXTS = ["7 plus 8 equals 15.", " The answer is 3", "\n\n 4 apples", "15"]
 
@@ -210,6 +211,40 @@ def test_turns_without_a_mask_are_refused(config: Any, rollouts: Rollouts) -> No
         scores(config, batch)
 
 
+def test_later_outputs_at_the_sequence_level_less_the_policys_own(
+    config: Any, rollouts: Rollouts
+) -> None:
+    """The mean over both turns of what the verifier gives them beyond the policy."""
+    config.algorithm.adv_estimator = "grpo"
+    config.reward.cme.level, config.reward.cme.baseline = "sequence", "policy"
+    said, tool = rollouts.ids[1], rollouts.tokenizer.encode(" tool says 7")
+    first = rollouts.output(0, response_ids=said, response_mask=[1] * len(said),
+                            response_logprobs=[-0.25] * len(said))  # fmt: skip
+    rollouts.prompts[0] = rollouts.prompts[0] + said + tool
+    notes = describe([first, rollouts.output(0)], validate=False, logprobs=True)
+    batch = rollouts.batch()
+    batch.non_tensor_batch["raw_prompt"][0] = attach(rollouts.messages(0), notes)
+    got = scores(config, batch)[0]["reward_score"][-1]
+    verifier, content = naive.NaiveVerifier(), rollouts.content[0]
+    _, one = verifier.logprobs(content, "", TEXTS[1], end=False)
+    _, two = verifier.logprobs(content, TEXTS[1] + " tool says 7", TEXTS[0], end=True)
+    own = -0.25 * len(said) - 0.5 * len(rollouts.ids[0])
+    want = (one.sum() + two.sum() - own) / (len(one) + len(two))
+    assert got == pytest.approx(want, abs=1e-5)
+
+
+def test_the_policys_template_is_the_one_that_verl_gives_it(config: Any) -> None:
+    config.data.apply_chat_template_kwargs = {"mood": "(calm) "}
+    config.actor_rollout_ref.model.custom_chat_template = (
+        "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {{ mood }}{% endif %}"
+    )
+    reader = Scorer(config)._cme.reader
+    assert reader.prefill == "(calm) "
+    ids = reader.tokenizer.encode("<|im_end|>\nTOOL: 7<|im_end|>\nASSISTANT: (calm) ")
+    assert reader.read(np.array(ids)).messages == [{"role": "tool", "content": "7"}]
+
+
 def test_a_row_that_is_none_of_the_outputs_is_refused(config: Any, rollouts: Rollouts) -> None:
     batch = rollouts.batch()
     batch.batch["responses"][0, 0] += 1
@@ -248,6 +283,10 @@ def test_later_outputs_are_read_after_the_earlier_ones(rollouts: Rollouts) -> No
     assert notes[1]["sampled"] == [1] * len(said) + [0] * len(tool)
     assert notes[1]["validate"] is True
     assert "logprobs" not in notes[1]
+    # An output's rewards are those of the trajectory up to its end, and so is what is subtracted.
+    first.response_logprobs, second.response_logprobs = [-0.25] * len(said), [-0.5] * 3
+    logprobs = describe([first, second], validate=False, logprobs=True)[1]["logprobs"]
+    assert logprobs == [-0.25] * len(said) + [0.0] * len(tool) + [-0.5] * 3
 
     other = rollouts.output(2)
     with pytest.raises(InputError, match=r"output 1 .* extra_fields\['cme_prompt'\]"):

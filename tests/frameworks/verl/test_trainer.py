@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 from verl_rig import naive
-from verl_rig.models import make_prompts
+from verl_rig.loops import OBSERVATION
+from verl_rig.models import make_policy, make_prompts
 from verl_rig.record import read
 from verl_rig.run import ROOT, Run, finish, kill, settings, start
 from verl_rig.server import Server
@@ -37,6 +38,27 @@ def base(policy: Path, tmp_path: Path) -> dict[str, Any]:
 
 def run(folder: Path, config: dict[str, Any], **kwargs: Any) -> Run:
     return finish(start(folder, config, **kwargs), folder)
+
+
+def asked(done: Run) -> list[list[int]]:
+    """What the stand-in for a hosted verifier was asked: prompts and responses, as ids."""
+    lines = (done.record / "asked.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def not_wanted(done: Run, verifier: naive.NaiveVerifier) -> list[str]:
+    """What the verifier was shown and should not have been, or was not and should have been."""
+    differ = set(map(tuple, asked(done))) ^ set(map(tuple, verifier.asked))
+    texts = [verifier.tokenizer.decode(list(ids)) for ids in differ]
+    return [text for text in texts if "equals" in text]  # the others are the client's handshake
+
+
+def observation(said: str) -> naive.Message:
+    """What the agent loops' environments answer: `ToolAgentLoop`'s tool, or `TwoTurns`."""
+    call = re.search(r'"a": (\d+), "b": (\d+)', said)
+    if call is None:
+        return {"role": "user", "content": OBSERVATION}
+    return {"role": "tool", "content": f"The sum is {int(call[1]) + int(call[2])}."}
 
 
 def difference(done: Run, policy: Path, rows_per_step: int, score: Any = None) -> float:
@@ -112,21 +134,25 @@ def test_the_sequence_level_with_verls_own_grpo(
     assert "cme_grpo" not in done.log
 
 
-def test_a_colocated_verifier_with_tools_by_verls_own_keys(
-    base: dict[str, Any], policy: Path, tmp_path: Path
+def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
+    base: dict[str, Any], tmp_path: Path
 ) -> None:
     """veRL hosts the verifier (a stand-in for vLLM: there is no GPU) and scores after rollouts.
 
-    Started by the stock `python -m verl.trainer.main_ppo`, with the keys of `--print-config`.
+    Started by the stock `python -m verl.trainer.main_ppo`, with the keys of `--print-config`. The
+    policy's chat template is OLMo's, of plain text, and in it an environment speaks between turns.
     """
+    policy = make_policy(tmp_path / "olmo", family="olmo")
     config = {
         **base,
         **LOOPS,
         "cme": {"verifier": "hosted"},
-        "reward.reward_model.model_path": str(naive.TRAINED),
+        "actor_rollout_ref.model.path": str(policy),
+        "data.max_response_length": 64,
+        "reward.reward_model.model_path": str(naive.EMBEDDED),
         "reward.reward_model.rollout.name": "vllm",
         "reward.reward_model.rollout.tensor_model_parallel_size": 1,
-        "actor_rollout_ref.rollout.agent.default_agent_loop": "tool_text",
+        "actor_rollout_ref.rollout.agent.default_agent_loop": "two_turns",
         "trainer.test_freq": 2,
         "data.val_max_samples": 2,
     }
@@ -142,7 +168,19 @@ def test_a_colocated_verifier_with_tools_by_verls_own_keys(
     assert (python, m, module) == ("python", "-m", "verl.trainer.main_ppo")
     done = run(tmp_path / "run", {}, overrides=overrides, module=module)
     assert done.status == 0, explain(done)
-    assert difference(done, policy, rows_per_step=16) < 1e-5
+    tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.NaiveVerifier()
+    ends = set()
+
+    def score(content: str, ids: list[int], sampled: list[int]) -> Any:
+        ends.add(ids[sampled.index(0) - 1] == tokenizer.eos_token_id)
+        return naive.token_rewards(verifier, tokenizer, content, ids, sampled, observation)
+
+    assert difference(done, policy, rows_per_step=16, score=score) < 1e-5
+    assert ends == {True, False}  # first turns that ended, and some that were cut off
+    # Validation's responses do not reach the actor.
+    trained = set(map(tuple, verifier.asked))
+    assert trained < set(map(tuple, asked(done)))
+    assert f"{OBSERVATION}\n" not in "".join(map(verifier.tokenizer.decode, asked(done)))
     last = done.steps()[-1]
     assert last["cme/responses"] == 16
     assert last["val-cme/responses"] == 2
@@ -151,54 +189,79 @@ def test_a_colocated_verifier_with_tools_by_verls_own_keys(
     assert last["val-core/toy/reward/mean@1"] < last["val-cme/sequence_reward_mean"]
 
 
-def test_a_verifier_pool_of_its_own_and_two_outputs_per_trajectory(
-    base: dict[str, Any], policy: Path, tmp_path: Path
+def test_a_verifier_pool_of_its_own_two_outputs_per_trajectory_and_verls_tool_agent(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streaming from a hosted verifier (the stand-in, speaking SGLang's protocol)."""
+    """Streaming from a hosted verifier (the stand-in, speaking SGLang's protocol).
+
+    Half of the prompts go to veRL's own `ToolAgentLoop` with a tool, whose calls the generator
+    writes; half to a loop with an output for each turn. The policy's template is Mistral's.
+    """
+    monkeypatch.setenv("VERL_RIG_CALLS", "1")
+    policy = make_policy(tmp_path / "mistral", family="mistral")
+    data = make_prompts(tmp_path / "agents.parquet", agents=("two_outputs", "tool_agent"))
     config = {
         **base,
         **LOOPS,
         "cme": {"verifier": "hosted"},
-        "reward.reward_model.model_path": str(naive.TRAINED),
+        "data.train_files": str(data),
+        "data.max_prompt_length": 384,
+        "data.max_response_length": 64,
+        "actor_rollout_ref.model.path": str(policy),
+        "reward.reward_model.model_path": str(naive.EMBEDDED),
         "reward.reward_model.rollout.name": "sglang",
         "reward.reward_model.rollout.tensor_model_parallel_size": 1,
         "reward.reward_model.enable_resource_pool": True,
         "reward.reward_model.n_gpus_per_node": 1,
         "reward.reward_model.nnodes": 1,
-        "actor_rollout_ref.rollout.agent.default_agent_loop": "two_outputs",
+        "actor_rollout_ref.rollout.multi_turn.format": "hermes",
+        "actor_rollout_ref.rollout.multi_turn.function_tool_path": str(
+            ROOT / "tests" / "verl_rig" / "tools.py"
+        ),
         "trainer.total_training_steps": 1,
     }
     done = run(tmp_path / "run", config, gpus=2)
     assert done.status == 0, explain(done)
-    rows = [row for call in read(done.record) for row in zip(*call["rows"].values(), strict=True)]
-    assert len(rows) == 32
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    verifier = naive.NaiveVerifier(naive.TRAINED)
-    opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
-    tool = tokenizer.encode(" tool says 7", add_special_tokens=False)
-    groups, rewards, masks, got = [], [], [], []
-    for fields in rows:
-        row = dict(zip(read(done.record)[0]["rows"], fields, strict=True))
+    calls = read(done.record)
+    rows = [dict(zip(call["rows"], row, strict=True)) for call in calls
+            for row in zip(*call["rows"].values(), strict=True)]  # fmt: skip
+    rows = [row for row in rows if row["response_mask"].any()]  # veRL fills up the batch
+    assert len(rows) == 8 * 2 + 8
+    tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.NaiveVerifier()
+    told: list[int] = tokenizer.encode(
+        f"[TOOL_RESULTS] {OBSERVATION}[/TOOL_RESULTS]", add_special_tokens=False
+    )
+    groups, rewards, masks, got, tools = [], [], [], [], 0
+    for row in rows:
         prompt, ids = row["prompts"].tolist(), row["responses"].tolist()
         content = naive.content_of(tokenizer, prompt)
-        start_at = next(
-            i + len(opening) for i in range(len(prompt)) if prompt[i : i + len(opening)] == opening
-        )
-        said = prompt[start_at:]  # nothing in a first output
-        sampled = [1] * (len(said) - len(tool)) + [0] * len(tool) if said else []
+        first = tokenizer.encode(f"<s>[INST] {content}[/INST]", add_special_tokens=False)
+        tool = "[AVAILABLE_TOOLS]" in tokenizer.decode(prompt)
+        # Nothing before the response, but in second outputs.
+        said = [] if tool else prompt[len(first) :]
+        assert tool or prompt[: len(first)] == first
+        assert said[-len(told) :] == (told if said else [])
+        sampled = [1] * (len(said) - len(told)) + [0] * len(told) if said else []
+        own = row["response_mask"].tolist()
+        assert (0 in own) == tool
+        tools += tool
         everything, mask = naive.token_rewards(
-            verifier, tokenizer, content, said + ids, sampled + [1] * len(ids)
+            verifier, tokenizer, content, said + ids, sampled + own, observation
         )
         groups.append(content)
         rewards.append(everything[len(said) :])
         masks.append(mask[len(said) :])
         got.append(row["advantages"])
+    assert tools == 8
     wanted = naive.advantages(rewards, masks, groups, eps=0.1)
     worst = max(
         abs(g[: len(w)].double().numpy() - w).max() for g, w in zip(got, wanted, strict=True)
     )
     assert worst < 1e-5
     assert sum((abs(w) > 0.1).sum() for w in wanted) > 32
+    assert not not_wanted(done, verifier)
+    shown = "".join(map(verifier.tokenizer.decode, asked(done)))
+    assert not re.search(r"\[/?(INST|TOOL_RESULTS)\]", shown)
 
 
 def test_an_endpoint_that_dies_in_the_middle_of_the_papers_run(

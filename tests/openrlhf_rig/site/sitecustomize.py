@@ -1,4 +1,5 @@
-"""In every process of the rig: CUDA calls that do nothing, no compiler, a record of the advantages.
+"""In every process of the rig: CUDA calls that do nothing, no compiler, a record of the advantages
+and of what the shared verifier is asked.
 
 Modules are changed right after they are loaded, so that processes without them stay quick.
 """
@@ -88,12 +89,27 @@ def _record(module: Any) -> None:
     maker.compute_advantages_and_returns = compute_advantages_and_returns
 
 
+def _asked(module: Any) -> None:
+    import json
+
+    inner = module.VerifierHost.logprobs
+
+    async def logprobs(self: Any, prompts: Any, responses: Any) -> Any:
+        with open(f"{os.environ['CME_RIG']}/asked.jsonl", "a", encoding="utf-8") as file:
+            for prompt, response in zip(prompts, responses, strict=True):
+                file.write(json.dumps([int(i) for i in (*prompt, *response)]) + "\n")
+        return await inner(self, prompts, responses)
+
+    module.VerifierHost.logprobs = logprobs
+
+
 _AFTER = {
     "torch": _torch,
     "torch.distributed.device_mesh": _device_mesh,
     "deepspeed.ops": _deepspeed_ops,
     "deepspeed.runtime.engine": _deepspeed_engine,
     "openrlhf.trainer.ppo_trainer": _record,
+    "cme_reward._openrlhf.verifier": _asked,
 }
 
 

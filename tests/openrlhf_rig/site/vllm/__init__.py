@@ -36,6 +36,8 @@ class AsyncLLMEngine:
 
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
+        stops = self.model.generation_config.eos_token_id
+        self.stops = {self.tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)}
         self.random = torch.Generator().manual_seed(seed)
         self.lock = threading.Lock()
         self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: 0)
@@ -55,19 +57,18 @@ class AsyncLLMEngine:
     def _sample(self, prompt_ids: list[int], params: Any) -> Any:
         import torch
 
-        eos = self.tokenizer.eos_token_id
         ids: list[int] = []
         logprobs: list[dict[int, Any]] = []
         with self.lock, torch.no_grad():
-            while len(ids) < params.max_tokens and ids[-1:] != [eos]:
+            while len(ids) < params.max_tokens and not self.stops & set(ids[-1:]):
                 logits = self.model(torch.tensor([prompt_ids + ids])).logits[0, -1].float()
                 logp = (logits / params.temperature).log_softmax(-1)
                 p = logp.exp()
                 if len(ids) < params.min_tokens:
-                    p[eos] = 0
+                    p[list(self.stops)] = 0
                 ids.append(int(torch.multinomial(p, 1, generator=self.random)))
                 logprobs.append({ids[-1]: SimpleNamespace(logprob=logp[ids[-1]].item())})
-        stopped = ids[-1] == eos
+        stopped = ids[-1] in self.stops
         # As in vLLM: the end of a turn is among the ids, and not in the text.
         text = self.tokenizer.decode(
             ids[:-1] if stopped else ids, skip_special_tokens=params.skip_special_tokens

@@ -1,0 +1,1 @@
+"""Chat templates: what they write around messages, and how that is read back."""
