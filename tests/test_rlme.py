@@ -171,7 +171,7 @@ def test_a_real_model_against_a_plain_forward_pass() -> None:
         "It is 5\n\n# Question\nIs the answer correct? Reply with Yes or No, and nothing else."
     )
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": asked}], add_generation_prompt=True
+        [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     answer = tokenizer.encode("Yes", add_special_tokens=False)
     with torch.no_grad():

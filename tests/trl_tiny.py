@@ -181,7 +181,9 @@ def naive_rewards(
     writer = tokenizer() if writer is None else writer
     reader = by.tokenizer
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     text, generator_ends = SpanTable(writer).decode(ids)
     ends = generator_ends.tolist()  # twelfths of a character
     verifier_ids, verifier_ends = SpanTable(reader).encode(text)

@@ -67,7 +67,7 @@ def yes(row: dict[str, Any]) -> float:
         "Is the answer correct? Reply with Yes or No, and nothing else."
     )
     prompt = reader.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
+        [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     return sum(tiny.verifier_logprobs(prompt, reader.encode("Yes", add_special_tokens=False)))
 
