@@ -109,7 +109,7 @@ def test_a_token_made_special_later_is_one() -> None:
     think = tokenizer.convert_tokens_to_ids("<think>")
     assert SpanTable(tokenizer).decode([think])[0] == "<think>"
     n = len(tokenizer)
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
     assert len(tokenizer) == n
     assert think in special_ids(tokenizer)
     assert SpanTable(tokenizer).decode([think])[0] == ""

@@ -214,7 +214,15 @@ def test_tool_calls_are_shown_as_the_template_shows_them() -> None:
         '<|im_start|>assistant\n<call>add {"a": "two", "b": 3}<|im_end|>\n'
         "<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert rendered(with_template("byte-level", TEXT_CALLS), conversation) == (
+    text_calls = with_template("byte-level", TEXT_CALLS)
+    passes_none = text_calls.apply_chat_template(
+        [CALL], chat_template="{{ 'content' in messages[0] }}", tokenize=False
+    )
+    if passes_none == "False":  # newer releases of transformers: such a template shows no call
+        with pytest.raises(InputError, match="leaves out tool calls of message 1"):
+            rendered(text_calls, conversation)
+        return
+    assert rendered(text_calls, conversation) == (
         '<|im_start|>user 2 + 3?<|im_end|><|im_start|>call add {"a": "two", "b": 3}<|im_end|>'
         "<|im_start|>tool 5<|im_end|><|im_start|>"
     )
@@ -325,9 +333,8 @@ def test_a_base_model_whose_tokenizer_ships_a_template(tmp_path: Path) -> None:
     given = [
         CMEConfig(chat_template="none"),
         CMEConfig.from_dict({"chat_template": "None"}),
-        CMEConfig.from_dict({"chat_template": False}),
         CMEConfig.from_yaml(file),
-        CMEConfig.from_env(environ={"CME_CHAT_TEMPLATE": "null"}),
+        CMEConfig.from_env(environ={"CME_CHAT_TEMPLATE": "none"}),
         configuration(None, ["chat_template=none"]),
     ]
     for config in given:

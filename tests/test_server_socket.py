@@ -356,11 +356,11 @@ def test_what_is_not_started() -> None:
     nothing = ("--verifier", "no", "--generator-tokenizer", "no", "--port", "0")
     for option, value, message in (
         ("--linger", "inf", "linger_seconds=inf: expected a number of seconds, 0 or more"),
-        ("--linger", "nan", "Invalid value for '--linger'"),
+        ("--linger", "nan", "linger"),  # refused by typer, or, where that is old, by us
         ("--linger", "-1", "Invalid value for '--linger'"),
         ("--linger", "soon", "Invalid value for '--linger'"),
         ("--max-body", "inf", "--max-body inf: expected a number of MiB"),
-        ("--max-body", "nan", "Invalid value for '--max-body'"),
+        ("--max-body", "nan", "--max-body"),
     ):
         status, says = start(*nothing, f"{option}={value}")
         assert status == 2
