@@ -325,9 +325,8 @@ def test_a_base_model_whose_tokenizer_ships_a_template(tmp_path: Path) -> None:
     given = [
         CMEConfig(chat_template="none"),
         CMEConfig.from_dict({"chat_template": "None"}),
-        CMEConfig.from_dict({"chat_template": False}),
         CMEConfig.from_yaml(file),
-        CMEConfig.from_env(environ={"CME_CHAT_TEMPLATE": "null"}),
+        CMEConfig.from_env(environ={"CME_CHAT_TEMPLATE": "none"}),
         configuration(None, ["chat_template=none"]),
     ]
     for config in given:
