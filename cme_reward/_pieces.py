@@ -12,13 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from cme_reward._kinds import BLANK, NO_TEXT, TEXT
 from cme_reward._ragged import row_offsets
 from cme_reward._utf8 import WHOLE_CHAR, decode_bytes
 from cme_reward.errors import TokenizerError
-
-# What a token is to the reward. BLANK: whitespace only. UNFINISHED: bytes of a character that the
-# response ends before completing.
-NO_TEXT, TEXT, BLANK, UNFINISHED = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)

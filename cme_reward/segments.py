@@ -9,13 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cme_reward._kinds import NO_TEXT, THOUGHT, UNFINISHED, kinds_of
 from cme_reward._ragged import Int64
 from cme_reward._rows import PADDING
 from cme_reward._utf8 import WHOLE_CHAR
 from cme_reward.conversation.environment import EnvironmentReader
 from cme_reward.conversation.thinking import Piece, Split, split_thoughts
 from cme_reward.prompts import Message, Prompt, as_messages
-from cme_reward.spans import NO_TEXT, THOUGHT, UNFINISHED, SpanTable, kinds_of
+from cme_reward.spans import SpanTable
 
 
 class Thinking(NamedTuple):

@@ -14,11 +14,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from cme_reward._kinds import BLANK, NO_TEXT, TEXT, THOUGHT, UNFINISHED, kinds_of
 from cme_reward._pieces import (
-    BLANK,
-    NO_TEXT,
-    TEXT,
-    UNFINISHED,
     Pieces,
     build_pieces,
     gather,
@@ -29,15 +26,11 @@ from cme_reward._pieces import (
 )
 from cme_reward._ragged import Int64, flatten, flatten_ids, row_offsets, split
 from cme_reward._repair import incremental_spans, offset_spans
-from cme_reward._utf8 import WHOLE_CHAR, decode_bytes
+from cme_reward._utf8 import decode_bytes
 from cme_reward.errors import InputError
 from cme_reward.fidelity import require_faithful
 
 __all__ = ["BLANK", "NO_TEXT", "TEXT", "THOUGHT", "UNFINISHED", "Decoded", "Encoded", "SpanTable"]
-
-
-THOUGHT = 4
-"""A kind that only segments know: a token of a thought that is not scored."""
 
 
 class Decoded(NamedTuple):
@@ -302,16 +295,3 @@ def _same_rows(data: bytes, byte_offsets: Int64, raw_texts: list[bytes]) -> NDAr
     return np.array(
         [data[bounds[b] : bounds[b + 1]] == raw for b, raw in enumerate(raw_texts)], dtype=bool
     )
-
-
-# By code point; U+3000 is the last white space there is.
-_IS_INK = np.array([not chr(code).isspace() for code in range(0x3002)])
-
-
-def kinds_of(text: str, ends: Int64, written: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Kinds of tokens by the characters they touch; `written` is False for special tokens."""
-    starts = np.concatenate([ends[:1] * 0, ends[:-1]])
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    inked = row_offsets(_IS_INK[np.minimum(codes, len(_IS_INK) - 1)])
-    touched = inked[-(-ends // WHOLE_CHAR)] - inked[starts // WHOLE_CHAR]
-    return np.select([~written, touched > 0], [NO_TEXT, TEXT], BLANK).astype(np.uint8)
