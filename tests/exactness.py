@@ -1,6 +1,7 @@
 """Random conversations, scored by the package and by loops that know how they were made.
 
     python tests/exactness.py --cases 1000000 --processes 2     # CME_SHARED adds real tokenizers
+    python tests/exactness.py --cases 1000000 --record FILE     # goes on where it was stopped
 
 Pairs of tokenizers x texts x cut and split ids x turns x thoughts x masks x EOS x ensembles. What
 each verifier was shown must be its own template over exactly the messages of which the case was
@@ -508,7 +509,7 @@ def run(seed: int, n_cases: int) -> dict[str, Any]:
                 counts["leaks" if "shown" in wrong[0] else "off"] += 1
                 complaints.append(f"{setup}: {tokenizer.decode(case.ids)!r}: {wrong[:2]}")
                 break  # what was asked no longer corresponds
-    return {"counts": counts, "complaints": complaints[:3]}
+    return {"seed": seed, "counts": counts, "complaints": complaints[:3]}
 
 
 def main() -> int:
@@ -517,23 +518,31 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=10_000, help="how many (default 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first pair (default 0)")
     parser.add_argument("--processes", type=int, default=1, help="at a time (default 1)")
+    add = parser.add_argument
+    add("--record", type=Path, help="file of what each pair gave; pairs in it are not run again")
     args = parser.parse_args()
     from rich.progress import Progress
 
     n_setups = -(-args.cases // PER_SETUP)
-    seeds = [args.seed + k for k in range(n_setups)]
-    sizes = [min(PER_SETUP, args.cases - k * PER_SETUP) for k in range(n_setups)]
-    total: Counter[str] = Counter()
-    complaints: list[str] = []
+    sizes = {args.seed + k: min(PER_SETUP, args.cases - k * PER_SETUP) for k in range(n_setups)}
+    record = args.record
+    lines = record.read_text().splitlines() if record and record.exists() else []
+    results = [r for r in map(json.loads, lines) if sizes.get(r["seed"]) == r["counts"]["cases"]]
+    left = [seed for seed in sizes if seed not in {result["seed"] for result in results}]
     started = time.time()
     with ProcessPoolExecutor(args.processes) as pool, Progress() as bar:
-        task = bar.add_task("cases", total=args.cases)
-        for result in pool.map(run, seeds, sizes, chunksize=4):
-            total += result["counts"]
+        done = sum(result["counts"]["cases"] for result in results)
+        task = bar.add_task("cases", total=args.cases, completed=done)
+        for result in pool.map(run, left, [sizes[seed] for seed in left], chunksize=4):
+            results.append(result)
             for complaint in result["complaints"]:
                 bar.print(complaint)
-            complaints += result["complaints"]
+            if record:
+                with record.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
             bar.advance(task, result["counts"]["cases"])
+    total = sum((Counter(result["counts"]) for result in results), Counter())
+    complaints = [complaint for result in results for complaint in result["complaints"]]
     names = ("cases", "tokens", "turns", "off", "leaks", "exceptions")
     print(json.dumps({"seed": args.seed, "pairs": n_setups, **{n: total[n] for n in names},
                       "seconds": round(time.time() - started)}))  # fmt: skip
