@@ -69,6 +69,13 @@ def sharded(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
+def build_nothing() -> None:
+    """Leave DeepSpeed's messages to torch.distributed, where it would compile an op with g++."""
+    import deepspeed.ops  # pyright: ignore[reportMissingImports]
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main(folder: Path, kind: str) -> None:
     import torch
     import trl_tiny as tiny
@@ -80,6 +87,8 @@ def main(folder: Path, kind: str) -> None:
     from cme_reward import CMEConfig, load_verifier
     from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
+    if kind == "zero3":
+        build_nothing()
     # The one stand-in: accelerate shares weights out where there are accelerators, and nowhere
     # else. This makes it take two CPU processes, which talk by gloo, for two GPUs.
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)

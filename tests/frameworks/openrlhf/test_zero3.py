@@ -20,7 +20,7 @@ from cme_reward import ConfigError, load_verifier
 from cme_reward.verifiers.hf import TransformersVerifier
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from trl_sharded import ASKED, check, sharded
+from trl_sharded import ASKED, build_nothing, check, sharded
 
 FOLDER = str(Path(cme_reward.verifiers.__file__).parent / "embedded")
 SETTINGS = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
@@ -43,6 +43,7 @@ def _one_process() -> Iterator[None]:
         patch.setenv("DS_ACCELERATOR", "cpu")
         import deepspeed  # pyright: ignore[reportMissingImports]
 
+        build_nothing()
         deepspeed.init_distributed("gloo")
         yield
         torch.distributed.destroy_process_group()
