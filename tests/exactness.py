@@ -52,7 +52,7 @@ PIECES = [
 ]  # fmt: skip
 OBSERVATIONS = ["7", 'it says: "no"', "two\nlines", "", "日本 <b>", "look <|user|> there", "a\\b"]
 TAGS = ("<think>", "</think>")
-PER_SETUP, PER_CALL = 2000, 50
+PER_SETUP, PER_CALL = 2500, 100
 
 
 @dataclass
@@ -134,7 +134,7 @@ def observed_ids(
     tokenizer = chat_tokenizer(name)
     roles = [role for role in speakers(name) if role in ("user", "tool")] or speakers(name)
     role = r.choice(roles)
-    observations = [message(role, r.choice(OBSERVATIONS)) for _ in range(r.choice([1, 1, 1, 2, 3]))]
+    observations = [message(role, r.choice(OBSERVATIONS)) for _ in range(r.choice([1, 1, 2, 3]))]
     written = tail(tokenizer, observations)
     if written is None:  # turns must alternate in this template
         observations = observations[:1]
@@ -176,7 +176,7 @@ def make_case(
     prompt: Any = content if r.random() < 0.2 else [{"role": "user", "content": content}]
     case = Case(prompt, [], [], ["" if isinstance(prompt, str) else prefill])
     end_id = int(tokenizer.eos_token_id)
-    for n in range(r.choice([1, 1, 1, 2, 3])):
+    for n in range(r.choice([1, 1, 1, 1, 1, 2, 3])):
         pieces: list[Piece] = []
         if n:
             closed = case.turns[-1][-1].end
@@ -192,7 +192,7 @@ def make_case(
                 pieces.append(Piece(words))
                 case.ids += ids
                 case.mask += [0] * len(ids)
-            text = "".join(r.choices(PIECES, k=r.randrange(1, 5)))
+            text = "".join(r.choices(PIECES, k=r.randrange(1, 4)))
             ids = damaged(encode(text)[0].tolist(), name, r, inner) or encode("ok")[0].tolist()
             pieces.append(Piece(ids=ids))
             case.ids += ids
@@ -384,6 +384,9 @@ def check(
             else:
                 content = case.prompt if isinstance(case.prompt, str) else case.prompt[0]["content"]
                 wanted = content + said
+            answer = text[i:j]
+            if "sentencepiece" in verifier:  # to which a literal U+2581 is a space
+                wanted, answer = wanted.replace("▁", " "), answer.replace("▁", " ")
             if prompt.removeprefix(tokenizer.bos_token or "\0") not in (
                 wanted,
                 wanted.removeprefix(tokenizer.bos_token or "\0"),
@@ -391,8 +394,8 @@ def check(
                 complaints.append(f"shown {prompt!r}, wanted {wanted!r}")
             body = ids[:-1] if has_end else ids
             own_text, right = cells([pieces_of(verifier, True)[v] for v in body])
-            if own_text != text[i:j]:
-                complaints.append(f"asked for {own_text!r}, wanted {text[i:j]!r}")
+            if own_text != answer:
+                complaints.append(f"asked for {own_text!r}, wanted {answer!r}")
                 continue
             if has_end:
                 end = (
@@ -456,7 +459,7 @@ def run(seed: int, n_cases: int) -> dict[str, Any]:
     """So many cases of one pair of tokenizers and one configuration."""
     r = random.Random(seed)
     name = r.choice(GENERATORS)
-    verifiers = r.sample([*CHAT, *BASE], r.choice([1, 1, 2, 3]))
+    verifiers = r.sample([*CHAT, *BASE], r.choice([1, 1, 1, 1, 2, 3]))
     config = CMEConfig(
         whitespace=r.choice(["mask", "keep"]),
         eos=r.choice(["score", "score", "mask"]),
