@@ -229,7 +229,6 @@ def _segment(row: int, part: _Part, start: int, stop: int, at: tuple[int, int]) 
 def _n_thinking(part: _Part, split: Split, start: int, stop: int) -> int:
     """How many of the tokens write something of a thought and nothing of an answer."""
     assert part.ends is not None
-    assert part.kinds is not None
     if not split.has_thoughts(part.text):
         return 0
     answers = WHOLE_CHAR * np.array(split.answers)

@@ -66,8 +66,7 @@ class Markup:
 
     Found by rendering conversations with holes in place of contents, in several histories, since
     templates write a message by its neighbours (parallel tool replies share a turn) or by what was
-    said before.
-    Texts are whatever `render` gives, for ids to be read `MarkedText`.
+    said before. Texts are whatever `render` gives, for ids to be read `MarkedText`.
 
     Attributes:
         openings: per role, what may stand between an assistant's words and such a message; for
@@ -171,8 +170,8 @@ class Markup:
             return  # nothing would tell such a message from words
         self.escapes |= escapes
         self.openings[roles[0]].add(Opening(closing, literals[0][len(closing) :]))
-        for pair, literal in zip(pairwise(roles), literals[1:-1], strict=True):
-            self.between[pair].add(literal)
+        for pair, text in zip(pairwise(roles), literals[1:-1], strict=True):
+            self.between[pair].add(text)
         self._add_ending(roles[-1], literals[-1])
 
     def _learn_alone(self) -> None:
@@ -192,10 +191,10 @@ class Markup:
                 if hole and head.startswith(system) and head[len(system) :].strip():
                     self.openings[role].add(Opening("", head[len(system) :]))
 
-    def _add_ending(self, role: str, literal: str) -> None:
-        self.endings[role].add(literal)
-        if self.prefill and literal.endswith(self.prefill):
-            self.endings[role].add(literal.removesuffix(self.prefill))
+    def _add_ending(self, role: str, text: str) -> None:
+        self.endings[role].add(text)
+        if self.prefill and text.endswith(self.prefill):
+            self.endings[role].add(text.removesuffix(self.prefill))
 
     def _complete(self, history: Sequence[Mapping[str, Any]]) -> None:
         """What the template refuses to write, though environments do: two turns of one role."""
@@ -249,15 +248,9 @@ def find_prefill(render: Render, tag: str = "") -> str:
     if asked is None or written is None:
         return ""
     prompt = _HOLES.split(asked)[-1]
-    header = next(
-        (m for m in re.finditer(r"(?<=\ue002)[^\ue000]*(?=\ue0001\ue001)", written)), None
-    )
-    start = len(prompt)
-    if header is not None:
-        for begin in (header[0], header[0].rstrip()):
-            if begin and prompt.startswith(begin):
-                start = len(begin)
-                break
+    header = _BEFORE_SAID.search(written)
+    begins = (header[0], header[0].rstrip()) if header else ()
+    start = next((len(b) for b in begins if b and prompt.startswith(b)), len(prompt))
     if tag and tag in prompt:
         start = min(start, prompt.index(tag))
     prefill = prompt[start:]
@@ -272,25 +265,21 @@ def starts(opening: Opening) -> str:
     """
     pattern = ""
     for lexeme in _LEXEMES.findall(opening.closing):
-        part = f"(?:{_escape(lexeme)})?" if lexeme.isspace() else _escape(lexeme)
+        part = f"(?:{literal(lexeme)})?" if lexeme.isspace() else literal(lexeme)
         pattern = f"(?:{pattern}{part})?"
     rest = opening.rest.lstrip()
     white = opening.rest[: len(opening.rest) - len(rest)]
-    return pattern + (f"(?:{_escape(white)})?" if white else "") + _escape(rest)
+    return pattern + (f"(?:{literal(white)})?" if white else "") + literal(rest)
 
 
 def literal(text: str) -> str:
-    """A pattern for a text of the template."""
-    return _escape(text)
+    """A pattern for a text of the template, with any names of tools and calls."""
+    return r"[\w.:\-]*".join(map(re.escape, text.split(_NAME)))
 
 
 def written(text: str) -> int:
     """How much of it is the template's own: characters that are not white space."""
     return len("".join(text.split()))
-
-
-def _escape(text: str) -> str:
-    return r"[\w.:\-]*".join(map(re.escape, text.split(_NAME)))
 
 
 def _message(role: str, number: int) -> dict[str, Any]:
