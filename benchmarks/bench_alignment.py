@@ -18,7 +18,7 @@ import spacy_alignments
 
 from cme_reward import SpanTable, align_batch
 from cme_reward._ragged import flatten_ids, split
-from cme_reward.spans import _row_cumsum, _rows_with
+from cme_reward.spans.table import _row_cumsum, _rows_with
 
 PAIRS = ["llama -> qwen", "qwen -> gemma"]
 ALL = [*PAIRS, *(f"{pair}, unicode" for pair in PAIRS)]

@@ -57,7 +57,14 @@ class Server:
 @contextmanager
 def serving(args: argparse.Namespace, *options: str) -> Any:
     command = [
-        *(sys.executable, "-c", "from cme_reward.cli import main; main()", "serve", "--port", "0"),
+        *(
+            sys.executable,
+            "-c",
+            "from cme_reward.cli.app import main; main()",
+            "serve",
+            "--port",
+            "0",
+        ),
         *("--verifier", args.verifier, "--generator-tokenizer", args.generator),
         *("--device", args.device, *options),
     ]

@@ -1,7 +1,8 @@
 """Cross-model entropy: a label-free, dense reward for RL post-training of language models."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cme_reward._lazy import lazy
 
 if TYPE_CHECKING:
     from cme_reward.advantages import group_advantages
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from cme_reward.config import CMEConfig
     from cme_reward.errors import CMEError, ConfigError, InputError, TokenizerError, VerifierError
     from cme_reward.reward import CrossModelEntropy
-    from cme_reward.spans import SpanTable
+    from cme_reward.spans.table import SpanTable
     from cme_reward.verifiers import Ensemble, Verifier, load_verifier
 
 __version__ = "0.1.0"
@@ -34,26 +35,25 @@ __all__ = [
     "overlap_weights",
 ]
 
-# Names come with their module when first used, so that `cme-reward --help` does not wait for torch.
-_MODULES = {
-    "advantages": ["group_advantages"],
-    "alignment": ["align_batch", "align_logprobs", "overlap_weights"],
-    "batch": ["CMEBatch"],
-    "config": ["CMEConfig"],
-    "errors": ["CMEError", "ConfigError", "InputError", "TokenizerError", "VerifierError"],
-    "reward": ["CrossModelEntropy"],
-    "spans": ["SpanTable"],
-    "verifiers": ["Ensemble", "Verifier", "load_verifier"],
+_HOMES = {
+    "CMEBatch": "batch",
+    "CMEConfig": "config",
+    "CMEError": "errors",
+    "ConfigError": "errors",
+    "CrossModelEntropy": "reward",
+    "Ensemble": "verifiers",
+    "InputError": "errors",
+    "SpanTable": "spans.table",
+    "TokenizerError": "errors",
+    "Verifier": "verifiers",
+    "VerifierError": "errors",
+    "align_batch": "alignment",
+    "align_logprobs": "alignment",
+    "group_advantages": "advantages",
+    "load_verifier": "verifiers",
+    "overlap_weights": "alignment",
 }
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            value = getattr(import_module(f"cme_reward.{module}"), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

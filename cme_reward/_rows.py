@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64, flatten_integers, out_of_vocabulary, place_of
 from cme_reward.errors import InputError
-from cme_reward.spans import SpanTable
+from cme_reward.spans.table import SpanTable
 
 
 def on_host(rows: Any) -> Any:

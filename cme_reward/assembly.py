@@ -13,11 +13,11 @@ from cme_reward._ragged import Int64, row_offsets, split
 from cme_reward._rows import pad
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.turns import Segment
 from cme_reward.errors import InputError
 from cme_reward.metrics import length_correlation, repetition
 from cme_reward.scoring import SegmentScores
-from cme_reward.segments import Segment
-from cme_reward.spans import BLANK, NO_TEXT, TEXT
+from cme_reward.spans.table import BLANK, NO_TEXT, TEXT
 
 Float64 = NDArray[np.float64]
 

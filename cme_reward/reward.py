@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cme_reward._pieces import special_ids
 from cme_reward._ragged import Int64, split
 from cme_reward._rows import check_environment, flat_like, flat_responses
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.environment import EnvironmentReader
+from cme_reward.conversation.format import Prompt, end_ids
+from cme_reward.conversation.turns import Segment, Thinking, split_turns
 from cme_reward.errors import InputError
-from cme_reward.prompts import Prompt, end_ids
 from cme_reward.scoring import MemberScorer, SegmentScores, without_blocking
-from cme_reward.segments import Segment, Thinking, split_turns
-from cme_reward.spans import SpanTable
+from cme_reward.spans.pieces import special_ids
+from cme_reward.spans.table import SpanTable
 from cme_reward.verifiers.base import Verifier
 from cme_reward.verifiers.ensemble import Ensemble
 

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from cme_reward._keys import prompt_key
 from cme_reward._lru import LRU
 from cme_reward._ragged import Int64, row_offsets
-from cme_reward._utf8 import WHOLE_CHAR
 from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.format import PROMPTS_KEPT, Prompt, PromptFormat
 from cme_reward.conversation.thinking import starts_with_thought
+from cme_reward.conversation.turns import Segment
 from cme_reward.errors import VerifierError
-from cme_reward.prompts import PROMPTS_KEPT, Prompt, PromptFormat
-from cme_reward.segments import Segment
-from cme_reward.spans import Encoded, SpanTable
+from cme_reward.spans.table import Encoded, SpanTable
+from cme_reward.spans.utf8 import WHOLE_CHAR
 from cme_reward.verifiers.base import TokenIds, Verifier
 from cme_reward.verifiers.batching import BatchingVerifier
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from stubs import TableVerifier, logprob_of
 
 from cme_reward import CMEConfig, CrossModelEntropy, Ensemble, InputError, SpanTable
-from cme_reward._utf8 import WHOLE_CHAR
-from cme_reward.segments import split_turns
+from cme_reward.conversation.turns import split_turns
+from cme_reward.spans.utf8 import WHOLE_CHAR
 
 POLICY = CMEConfig(baseline="policy")
 

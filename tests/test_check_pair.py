@@ -13,8 +13,8 @@ from conftest import BUILDERS, load_tokenizer
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from cme_reward.check_pair import CUT_SHORT, EXACT, SAMPLES, PairCheck, check
-from cme_reward.cli import app
+from cme_reward.cli.app import app
+from cme_reward.cli.check_pair import CUT_SHORT, EXACT, SAMPLES, PairCheck, check
 
 LOSSLESS = ["byte-level", "bytes", "sentencepiece", "sentencepiece-dummy"]
 

@@ -23,8 +23,8 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from cme_reward import CrossModelEntropy, load_verifier
-from cme_reward.cli import app
-from cme_reward.jsonl import Bad, Row, batches, read_rows
+from cme_reward.cli.app import app
+from cme_reward.cli.jsonl import Bad, Row, batches, read_rows
 from cme_reward.verifiers.endpoint import EndpointVerifier
 
 NEW = ["sequence_reward", "token_rewards", "mask", "tokens", "dropped_nats"]
@@ -105,7 +105,7 @@ def parsed(text: str | bytes) -> list[dict[str, Any]]:
 
 
 def program(*args: Any, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-c", "from cme_reward.cli import main; main()", *map(str, args)]
+    command = [sys.executable, "-c", "from cme_reward.cli.app import main; main()", *map(str, args)]
     return subprocess.run(command, capture_output=True, check=False, **kwargs)
 
 
@@ -522,7 +522,7 @@ def test_as_a_program_in_a_pipe(model: Path) -> None:
 def test_a_reader_that_leaves_early_is_no_error(model: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-c", "from cme_reward.cli import main; main()"]
+    command = [sys.executable, "-c", "from cme_reward.cli.app import main; main()"]
     done = subprocess.run(
         [*command, "score", "-", "--verifier", f"hf:{model}", "-q"],
         input=lines(ROWS).encode(),
@@ -538,7 +538,7 @@ def test_a_reader_that_leaves_early_is_no_error(model: Path) -> None:
 def test_ctrl_c_keeps_what_was_scored_under_another_name(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
-    command = [sys.executable, "-c", "from cme_reward.cli import main; main()"]
+    command = [sys.executable, "-c", "from cme_reward.cli.app import main; main()"]
     with subprocess.Popen(
         [*command, "score", "-", "--verifier", f"hf:{model}", "--batch-size", "1", "-o", str(out)],
         stdin=subprocess.PIPE,
@@ -565,7 +565,7 @@ def test_progress_is_shown_to_a_terminal(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(lines(ROWS))
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", "from cme_reward.cli import main; main()"]
+    command = [sys.executable, "-c", "from cme_reward.cli.app import main; main()"]
     process = subprocess.Popen(
         [*command, "score", str(file), "--verifier", f"hf:{model}", "-o", os.devnull],
         stderr=theirs,

@@ -14,7 +14,7 @@ import pytest
 from conftest import BUILDERS, REAL, SHARED, TEXTS, load_tokenizer, shared_rows
 
 from cme_reward import SpanTable, align_batch
-from cme_reward.spans import Encoded
+from cme_reward.spans.table import Encoded
 
 NAMES = REAL or sorted(BUILDERS)
 SETS = ("alpacaeval", "code", "gsm8k", "mtbench", "strings", "tinylm", "udhr")

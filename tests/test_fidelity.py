@@ -16,16 +16,17 @@ from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from cme_reward import CrossModelEntropy, SpanTable, TokenizerError, fidelity, load_verifier
-from cme_reward._pieces import plain_backend
-from cme_reward._prose import lost_prose
-from cme_reward._server import run
-from cme_reward._trl.settings import check_tokenizer
-from cme_reward.check_pair import Uniform, check
-from cme_reward.cli import app
+from cme_reward import CrossModelEntropy, SpanTable, TokenizerError, load_verifier
+from cme_reward.cli.app import app
+from cme_reward.cli.check_pair import Uniform, check
 from cme_reward.comparators import load_reward
-from cme_reward.fidelity import differences, load_faithful, require_faithful
 from cme_reward.loading import load_tokenizer as load_by_name
+from cme_reward.server import run
+from cme_reward.spans import fidelity
+from cme_reward.spans.fidelity import differences, load_faithful, require_faithful
+from cme_reward.spans.pieces import plain_backend
+from cme_reward.spans.prose import lost_prose
+from cme_reward.trl.checks import check_tokenizer
 
 # What transformers 5 makes of a byte-level vocabulary under these names: text without spaces; an
 # error at every text (an [UNK] that the vocabulary lacks); an error while it is loaded; and, the
@@ -428,7 +429,7 @@ def test_small_vocabularies_are_asked_for_what_they_have(model: Any) -> None:
 
 
 def test_the_check_is_made_once_for_each_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cme_reward.spans as spans
+    import cme_reward.spans.table as spans
 
     calls: list[Any] = []
     monkeypatch.setattr(spans, "require_faithful", lambda *given: calls.append(given))

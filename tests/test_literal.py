@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cme_reward import SpanTable
-from cme_reward._literal import _twin, encode_literally
-from cme_reward._pieces import special_ids
+from cme_reward.conversation.literal import _twin, encode_literally
+from cme_reward.spans.pieces import special_ids
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

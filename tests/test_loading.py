@@ -8,10 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 import cme_reward.verifiers
-from cme_reward._server import run
-from cme_reward.cli import app
+from cme_reward.cli.app import app
 from cme_reward.errors import ConfigError, TokenizerError
-from cme_reward.loading import in_a_passing_thread, load_tokenizer
+from cme_reward.loading import load_tokenizer
+from cme_reward.server import run
+from cme_reward.server.run import in_a_passing_thread
 
 
 def test_a_verifier_is_loaded_in_a_thread_that_ends():

@@ -11,9 +11,9 @@ from stubs import TableVerifier
 
 from cme_reward import CMEConfig, CrossModelEntropy, InputError
 from cme_reward._keys import prompt_key
-from cme_reward._pieces import special_ids
-from cme_reward.loading import configuration
-from cme_reward.prompts import PromptFormat
+from cme_reward.cli.options import configuration
+from cme_reward.conversation.format import PromptFormat
+from cme_reward.spans.pieces import special_ids
 
 # Refuses what Gemma's template refuses: a second speaker of the same role, and unknown roles.
 STRICT = (

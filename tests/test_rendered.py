@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cme_reward import InputError, SpanTable
-from cme_reward._rendered import RenderedReader, messages_from_label
+from cme_reward.conversation.rendered import RenderedReader, messages_from_label
 
 QWEN = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"

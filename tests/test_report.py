@@ -15,9 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cme_reward import _glyphs, report
 from cme_reward.errors import InputError
-from cme_reward.report import ResponseView, TokenView, colour_step, print_heat_map, render_html
+from cme_reward.heatmap import glyphs, render
+from cme_reward.heatmap.render import (
+    ResponseView,
+    TokenView,
+    colour_step,
+    print_heat_map,
+    render_html,
+)
 
 NAMES = {"title": "Demo", "verifier_name": "reader", "generator_name": "writer"}
 
@@ -101,14 +107,14 @@ def test_step_grows_with_surprise():
     assert [colour_step(v) for v in (0.5, 1e-12)] == [0, 0]
     steps = [colour_step(-nats / 50) for nats in range(700)]
     assert steps == sorted(steps)
-    assert set(steps) == set(range(12)) == set(range(len(report.STEP_CLASSES)))
+    assert set(steps) == set(range(12)) == set(range(len(render.STEP_CLASSES)))
 
 
-@pytest.mark.parametrize("palette", [report.LIGHT, report.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("palette", [render.LIGHT, render.DARK], ids=["light", "dark"])
 def test_palette_is_readable_and_even(palette):
     assert len(palette) == 12
     page = palette[0]
-    assert all(contrast(colour, report.text_colour(colour)) >= 4.5 for colour in palette)
+    assert all(contrast(colour, render.text_colour(colour)) >= 4.5 for colour in palette)
     distance = [contrast(colour, page) for colour in palette]
     assert distance == sorted(set(distance))
 
@@ -168,7 +174,7 @@ EVIL = "</script><script>alert(1)</script><!-- \"' onload=x <img src=x onerror=y
 @pytest.mark.parametrize("is_open", [True, False])
 def test_user_text_is_inert(monkeypatch, is_open):
     if not is_open:
-        monkeypatch.setattr(report, "OPEN_PROMPTS", 0)
+        monkeypatch.setattr(render, "OPEN_PROMPTS", 0)
     tokens = view((EVIL, -1.0), ("</script>", -9.0), ("<script>", 0.0, False))
     first, shown = response(view(("a", 0.0))), response(tokens, tokens, prompt=EVIL, label=EVIL)
     names = {"title": EVIL, "verifier_name": EVIL, "generator_name": EVIL}
@@ -186,7 +192,7 @@ PLAIN_TEXT = st.text(
     st.characters(exclude_categories=("Cs", "Cc", "Cf", "Cn", "Zl", "Zp"), exclude_characters="�")
     | st.sampled_from("<>&\"'\n\t  "),
     min_size=1,
-).filter(lambda s: not _glyphs._SPECIAL.fullmatch(s) and not _glyphs._BYTE_TOKEN.fullmatch(s))
+).filter(lambda s: not glyphs._SPECIAL.fullmatch(s) and not glyphs._BYTE_TOKEN.fullmatch(s))
 
 
 @given(st.lists(PLAIN_TEXT, min_size=1, max_size=5))

@@ -16,8 +16,8 @@ from stubs import TableVerifier
 from test_server import GOOD, IDS, refused, run
 
 from cme_reward import ConfigError
-from cme_reward._server.settings import check_host
 from cme_reward.server import ServerSettings, create_app
+from cme_reward.server.settings import check_host
 from cme_reward.verifiers.base import Closes
 
 TOKEN = "correct-horse-battery-staple"

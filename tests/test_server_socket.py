@@ -24,7 +24,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from cme_reward import CrossModelEntropy, load_verifier
-from cme_reward.cli import app
+from cme_reward.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 GENERATOR = ROOT / "examples" / "generator"

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from cme_reward import InputError, SpanTable, TokenizerError
-from cme_reward.spans import BLANK, NO_TEXT, TEXT, UNFINISHED
+from cme_reward.spans.table import BLANK, NO_TEXT, TEXT, UNFINISHED
 
 WHOLE = 12
 # Kinds whose every id is a sequence of bytes, with what each id writes found independently.

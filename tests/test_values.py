@@ -7,8 +7,8 @@ from typing import Any, Literal, Optional
 import pytest
 
 from cme_reward._values import read_value
+from cme_reward.cli.options import verifier_options
 from cme_reward.errors import ConfigError
-from cme_reward.loading import verifier_options
 
 Numbers = list[float]
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
 
 from cme_reward import CMEConfig, SpanTable, load_verifier
-from cme_reward.prompts import PromptFormat
+from cme_reward.conversation.format import PromptFormat
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
 GENERATOR = Path(__file__).parent.parent / "examples" / "generator"

@@ -24,9 +24,9 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from cme_reward import ConfigError, InputError
 from cme_reward._values import read_value
+from cme_reward.cli.options import configuration
 from cme_reward.comparators import REWARDS
-from cme_reward.loading import configuration
-from cme_reward.prompts import PromptFormat, as_messages, plain_content
+from cme_reward.conversation.format import PromptFormat, as_messages, plain_content
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
 Prompt = str | list[dict[str, Any]]

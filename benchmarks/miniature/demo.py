@@ -20,7 +20,7 @@ from benchmarks.miniature.conditions import STRONGEST, Condition
 from benchmarks.miniature.grpo import Settings
 from benchmarks.miniature.tasks import TASKS, Example, held_out_set
 from cme_reward import CMEConfig, CrossModelEntropy
-from cme_reward.report import ResponseView, TokenView, print_heat_map, render_html
+from cme_reward.heatmap.render import ResponseView, TokenView, print_heat_map, render_html
 
 CONDITION = Condition("CME, token, in TRL", trainer="trl")
 

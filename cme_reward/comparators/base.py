@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cme_reward._pieces import special_ids
 from cme_reward._ragged import Int64, row_offsets, split
 from cme_reward._rows import flat_like, flat_responses, pad
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators.policy import PolicyStatistics
 from cme_reward.config import CMEConfig
+from cme_reward.conversation.format import Prompt, end_ids
 from cme_reward.errors import ConfigError, InputError
 from cme_reward.metrics import length_correlation, repetition
-from cme_reward.prompts import Prompt, end_ids
-from cme_reward.spans import SpanTable
+from cme_reward.spans.pieces import special_ids
+from cme_reward.spans.table import SpanTable
 
 Float64 = NDArray[np.float64]
 Rows = Sequence[Any] | torch.Tensor

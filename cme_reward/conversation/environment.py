@@ -16,7 +16,7 @@ from cme_reward.conversation.marked import MARK, MarkedText
 from cme_reward.conversation.markup import END, Markup, find_prefill, literal, starts, written
 from cme_reward.conversation.thinking import Piece
 from cme_reward.errors import InputError
-from cme_reward.spans import SpanTable
+from cme_reward.spans.table import SpanTable
 
 TOOL_ROLES = ("ipython", "environment", "observation", "function")
 """What some templates call a tool. To other templates it is a "tool"."""

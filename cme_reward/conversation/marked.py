@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cme_reward._pieces import special_ids
-from cme_reward.spans import SpanTable
+from cme_reward.spans.pieces import special_ids
+from cme_reward.spans.table import SpanTable
 
 # A special token is two surrogates, which no decoded text contains.
 _HIGH, _LOW, _PAGE = 0xD800, 0xDC00, 1024

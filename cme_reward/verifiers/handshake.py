@@ -107,8 +107,8 @@ class Handshake:
         return cards[wanted]
 
     def _prepare(self, url: str, card: dict[str, Any]) -> None:
-        from cme_reward.fidelity import load_faithful
-        from cme_reward.spans import SpanTable
+        from cme_reward.spans.fidelity import load_faithful
+        from cme_reward.spans.table import SpanTable
 
         if self.tokenizer is None:
             path = self.tokenizer_path or card.get("root") or card["id"]
@@ -159,8 +159,8 @@ class Handshake:
 
 def probe_ids(tokenizer: Any) -> list[int]:
     """Ids of plain words from all over the vocabulary."""
-    from cme_reward._pieces import special_ids
-    from cme_reward.spans import SpanTable
+    from cme_reward.spans.pieces import special_ids
+    from cme_reward.spans.table import SpanTable
 
     special = set(special_ids(tokenizer).tolist())
     ids = [i for i in range(len(tokenizer)) if i not in special]

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_accelerate_available
 
 from cme_reward.errors import ConfigError, VerifierError
-from cme_reward.fidelity import load_faithful
+from cme_reward.spans.fidelity import load_faithful
 from cme_reward.verifiers.whole import whole_weights
 
 

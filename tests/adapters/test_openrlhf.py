@@ -25,11 +25,11 @@ from stubs import TableVerifier
 import cme_reward
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError, load_verifier
 from cme_reward import openrlhf as adapter
-from cme_reward._openrlhf import checks, launch
-from cme_reward._openrlhf import reward as reward_module
-from cme_reward._openrlhf.score import actions_of, in_unit_interval, score_rollout
-from cme_reward._openrlhf.settings import Settings, load_settings, variables
-from cme_reward._openrlhf.verifier import open_verifier
+from cme_reward.openrlhf import checks, launch
+from cme_reward.openrlhf import reward as reward_module
+from cme_reward.openrlhf.score import actions_of, in_unit_interval, score_rollout
+from cme_reward.openrlhf.settings import Settings, load_settings, variables
+from cme_reward.openrlhf.verifier import open_verifier
 
 ROOT = Path(__file__).parent.parent.parent
 ASK = [{"role": "user", "content": "What is 2 + 3?"}]

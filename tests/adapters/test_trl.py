@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import runpy
 import statistics
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import trl_tiny as tiny
 from datasets import Dataset
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+import cme_reward.trl
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError
 from cme_reward.trl import CMEGRPOTrainer, RewardFunction, cme_reward_func
 
@@ -438,11 +438,13 @@ def test_trls_own_defaults_are_checked(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_without_trl_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "path", [])
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "trl" or name == "cme_reward.trl.trainer":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(cme_reward.trl, "CMEGRPOTrainer", raising=False)
+    monkeypatch.setattr(sys, "path", [str(ROOT)])
     with pytest.raises(ModuleNotFoundError, match=r'pip install "cme-reward\[trl\]"'):
-        runpy.run_path(str(ROOT / "cme_reward" / "trl.py"))
+        cme_reward.trl.CMEGRPOTrainer  # noqa: B018
 
 
 @pytest.mark.parametrize("funcs", [[], [length], ["cme", "cme"]])

@@ -17,9 +17,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-from cme_reward._trl.settings import DETACHED_LOSSES, TOKEN_LOSSES, check_settings
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError
+from cme_reward.trl.checks import DETACHED_LOSSES, TOKEN_LOSSES, check_settings
 
 TESTED = "1.16.0"
 

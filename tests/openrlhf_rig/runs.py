@@ -21,7 +21,7 @@ from conftest import load_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from cme_reward import CMEConfig, SpanTable, load_verifier
-from cme_reward.spans import UNFINISHED
+from cme_reward.spans.table import UNFINISHED
 
 HERE = Path(__file__).parent
 QUESTIONS = ["What is 2 + 3?", "Tom has 4 pens, buys 1.", "Say hello: naïve café", "Why?"]

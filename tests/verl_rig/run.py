@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cme_reward._verl.launch import to_override
+from cme_reward.verl.launch import to_override
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"step:(\d+) - (.*)")

@@ -21,8 +21,8 @@ from vllm import SamplingParams
 
 from cme_reward import CMEConfig, ConfigError, InputError
 from cme_reward import openrlhf as adapter
-from cme_reward._openrlhf import checks
-from cme_reward._openrlhf import reward as reward_module
+from cme_reward.openrlhf import checks
+from cme_reward.openrlhf import reward as reward_module
 
 ADAPTERS = Path(__file__).parent.parent.parent.parent / "adapters" / "openrlhf"
 LIMIT = 80

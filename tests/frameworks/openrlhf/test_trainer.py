@@ -197,8 +197,8 @@ def test_the_launcher_refuses_before_anything_starts(rig: Any) -> None:
 
 SHARED = """
 import ray
-from cme_reward._openrlhf.settings import Settings
-from cme_reward._openrlhf.verifier import open_verifier
+from cme_reward.openrlhf.settings import Settings
+from cme_reward.openrlhf.verifier import open_verifier
 
 @ray.remote
 class Rollouts:

@@ -30,7 +30,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def composed(policy: Path) -> Any:
     from omegaconf import OmegaConf
 
-    from cme_reward._verl.launch import compose, expand
+    from cme_reward.verl.launch import compose, expand
 
     settings = {
         "reward_fn": "cme_reward.verl:CMEReward",

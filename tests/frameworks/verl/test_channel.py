@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cme_reward._verl.channel import read_mask, write_rewards
+from cme_reward.verl.channel import read_mask, write_rewards
 
 # A certain verifier, what float32 rounds to zero, its smallest numbers, ordinary rewards, and the
 # positive ones that baseline="policy" makes.

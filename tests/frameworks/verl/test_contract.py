@@ -25,8 +25,8 @@ from verl.utils.import_utils import load_class_from_fqn, load_extern_object
 from verl.utils.tracking import Tracking
 
 import cme_reward.verl
-from cme_reward._verl.loop import CMEAgentLoopWorker, TokenRewardOutput
-from cme_reward._verl.metrics import log_along, note
+from cme_reward.verl.loop import CMEAgentLoopWorker, TokenRewardOutput
+from cme_reward.verl.metrics import log_along, note
 
 
 def parameters(function: Any) -> list[str]:
@@ -178,7 +178,7 @@ GET = "from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY as r; prin
 
 def test_the_estimator_is_registered_by_the_plugin_and_by_the_module_alone() -> None:
     (plugin,) = (p for p in entry_points(group="verl.plugins") if p.name == "cme_reward")
-    assert plugin.value == "cme_reward._verl.plugin"
+    assert plugin.value == "cme_reward.verl.plugin"
     assert run(f"import verl; {GET}") == "True"
     assert run(f"import verl; {GET}", VERL_USE_EXTERNAL_PLUGINS="none") == "False"
     module = (
@@ -190,8 +190,8 @@ def test_the_estimator_is_registered_by_the_plugin_and_by_the_module_alone() -> 
 
 def test_the_plugin_takes_no_model_code_into_every_process() -> None:
     loaded = run("import sys, verl; print(*sys.modules)").split()
-    assert "cme_reward._verl.advantages" in loaded
-    for module in ("cme_reward._verl.reward", "cme_reward.reward", "verl.trainer.ppo.v1"):
+    assert "cme_reward.verl.advantages" in loaded
+    for module in ("cme_reward.verl.reward", "cme_reward.reward", "verl.trainer.ppo.v1"):
         assert module not in loaded
 
 

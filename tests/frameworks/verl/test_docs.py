@@ -15,8 +15,8 @@ import pytest
 from omegaconf import OmegaConf
 from verl_rig.run import ROOT
 
-from cme_reward._verl.launch import compose, expand, read_config
-from cme_reward._verl.settings import MANAGER, RewardSettings, check_settings
+from cme_reward.verl.launch import compose, expand, read_config
+from cme_reward.verl.settings import MANAGER, RewardSettings, check_settings
 
 PAGE = (ROOT / "docs" / "verl.md").read_text()
 ADAPTER = ROOT / "adapters" / "verl"

@@ -16,8 +16,8 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 import cme_reward.verl  # noqa: F401  (registers the estimator)
 from cme_reward import ConfigError, InputError, VerifierError
-from cme_reward._verl.channel import write_rewards
-from cme_reward._verl.settings import SUMMING
+from cme_reward.verl.channel import write_rewards
+from cme_reward.verl.settings import SUMMING
 
 
 def advantages(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cme_reward import ConfigError
-from cme_reward._verl.launch import compose, expand, main, read_config, to_override
+from cme_reward.verl.launch import compose, expand, main, read_config, to_override
 
 FILE = """
 reward_fn: cme_reward.verl:CMEReward

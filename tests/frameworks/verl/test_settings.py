@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from cme_reward import ConfigError
-from cme_reward._verl import settings
-from cme_reward._verl.settings import SUMMING, EstimatorSettings, RewardSettings, check_settings
+from cme_reward.verl import settings
+from cme_reward.verl.settings import SUMMING, EstimatorSettings, RewardSettings, check_settings
 
 TOKEN = "credit per token is lost"
 REFUSED = [

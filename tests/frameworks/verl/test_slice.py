@@ -22,9 +22,9 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from verl_rig import naive
 
 from cme_reward import ConfigError, InputError
-from cme_reward._verl import reward as reward_module
-from cme_reward._verl.outputs import KEY, attach, describe, detach
-from cme_reward._verl.scorer import Scorer
+from cme_reward.verl import reward as reward_module
+from cme_reward.verl.outputs import KEY, attach, describe, detach
+from cme_reward.verl.scorer import Scorer
 
 TEXTS = ["7 plus 8 equals 15.", " The answer is 3", "\n\n 4 apples", "15"]
 

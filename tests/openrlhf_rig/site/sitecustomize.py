@@ -109,7 +109,7 @@ _AFTER = {
     "deepspeed.ops": _deepspeed_ops,
     "deepspeed.runtime.engine": _deepspeed_engine,
     "openrlhf.trainer.ppo_trainer": _record,
-    "cme_reward._openrlhf.verifier": _asked,
+    "cme_reward.openrlhf.verifier": _asked,
 }
 
 

@@ -1,1 +1,0 @@
-"""What `cme_reward.server` is made of."""

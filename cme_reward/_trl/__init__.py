@@ -1,1 +1,0 @@
-"""What `cme_reward.trl` is made of."""

@@ -1,1 +1,0 @@
-"""What `cme_reward.verl` is made of."""

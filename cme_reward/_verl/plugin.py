@@ -1,3 +1,0 @@
-"""What veRL's plugin entry point loads, in every process: it registers the estimator."""
-
-import cme_reward._verl.advantages  # noqa: F401

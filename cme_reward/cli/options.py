@@ -1,0 +1,79 @@
+"""Settings from the command line, as the objects they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from cme_reward._values import read_value
+from cme_reward.errors import ConfigError
+from cme_reward.loading import load_tokenizer, silence
+
+if TYPE_CHECKING:
+    from cme_reward.config import CMEConfig
+    from cme_reward.reward import CrossModelEntropy
+
+
+def configuration(file: Path | None, settings: list[str]) -> CMEConfig:
+    from dataclasses import asdict
+
+    from cme_reward.config import CMEConfig
+
+    values = asdict(CMEConfig() if file is None else CMEConfig.from_yaml(file))
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting!r}: expected KEY=VALUE, such as eos=mask")
+        values[key.strip()] = value
+    return CMEConfig.from_dict(values)
+
+
+def verifier_options(device: str | None, settings: Sequence[str]) -> dict[str, Any]:
+    """Keywords for `load_verifier` from a device and `KEY=VALUE` strings.
+
+    Values are read as the types that verifiers declare; what they hand on to transformers has none.
+
+    Raises:
+        ConfigError: for a string of another form, or a value of another type.
+    """
+    options: dict[str, Any] = {} if device is None else {"device": device}
+    kinds = _option_types() if settings else {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(
+                f"--verifier-option {setting!r}: expected KEY=VALUE, such as dtype=bfloat16"
+            )
+        options[key] = read_value(f"--verifier-option {key}", kinds.get(key, Any), value)
+    return options
+
+
+def _option_types() -> dict[str, Any]:
+    from cme_reward.verifiers.endpoint import EndpointVerifier
+    from cme_reward.verifiers.hf import TransformersVerifier
+
+    hf = TransformersVerifier
+    makers = (hf.__init__, hf.from_pretrained, hf.from_config, EndpointVerifier.__init__)
+    kinds = {name: kind for make in makers for name, kind in get_type_hints(make).items()}
+    return kinds | {"tokenizer": str}  # by its name
+
+
+def make_scorer(
+    verifier: str,
+    generator_tokenizer: str | None,
+    device: str | None,
+    config: CMEConfig,
+    settings: Sequence[str] = (),
+) -> CrossModelEntropy:
+    from cme_reward.reward import CrossModelEntropy
+    from cme_reward.verifiers import Ensemble, load_verifier
+
+    options = verifier_options(device, settings)
+    silence()
+    # First: a wrong name is noticed before minutes of loading weights.
+    tokenizer = load_tokenizer(generator_tokenizer) if generator_tokenizer else None
+    model = load_verifier(verifier, **options)
+    first = model.members[0] if isinstance(model, Ensemble) else model
+    return CrossModelEntropy(model, tokenizer or first.tokenizer, config)

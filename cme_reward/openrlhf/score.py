@@ -1,0 +1,153 @@
+"""Finished rollouts of OpenRLHF -> their cross-model entropy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cme_reward.batch import CMEBatch
+from cme_reward.conversation.format import Prompt
+from cme_reward.conversation.rendered import RenderedReader, messages_from_label
+from cme_reward.errors import ConfigError
+from cme_reward.openrlhf.checks import KEY
+from cme_reward.openrlhf.settings import Settings
+from cme_reward.reward import CrossModelEntropy
+from cme_reward.spans.pieces import special_ids
+
+_NEAREST = 1e-6
+_BATCH_ONLY = ("length_correlation", "sequence_reward_mean", "token_reward_std")
+
+
+def make_scorer(settings: Settings, verifier: Any, tokenizer: Any) -> CrossModelEntropy:
+    """The reward for a policy with this tokenizer, which ends where vLLM stops it."""
+    stops = _stop_ids(tokenizer.name_or_path)
+    return CrossModelEntropy(verifier, tokenizer, settings.config, eos_token_ids=stops)
+
+
+def prompt_of(reader: RenderedReader, rendered: str, label: Any) -> Prompt:
+    """The messages a label carries, or else those of which `rendered` was made.
+
+    Raises:
+        InputError: if there are none, and the prompt cannot be read back.
+    """
+    messages = messages_from_label(label)
+    return reader.prompt(rendered) if messages is None else messages
+
+
+def in_unit_interval(sequence_reward: float) -> float:
+    """`exp` of a mean log-prob, inside (0, 1): dynamic filtering drops what is not."""
+    return min(max(math.exp(min(sequence_reward, 0.0)), _NEAREST), 1 - _NEAREST)
+
+
+def metrics_of(batch: CMEBatch) -> dict[str, float]:
+    """The metrics that mean something for a single response, as OpenRLHF averages them."""
+    sequence = float(batch.sequence_rewards.mean()) if len(batch.sequence_rewards) else 0.0
+    kept = {k: float(v) for k, v in batch.metrics.items() if k not in _BATCH_ONLY}
+    return {"cme/sequence_reward": sequence, **{f"cme/{k}": v for k, v in kept.items()}}
+
+
+class Actions(NamedTuple):
+    """A rollout's response: all from its first sampled token to its last."""
+
+    start: int
+    """Where it is in the rollout."""
+    ids: list[int]
+    sampled: list[bool]
+    policy: list[float] | None
+    """The policy's log-probs."""
+    joints: list[int]
+    """Where a turn follows another at once: the environment had nothing to say."""
+
+
+def actions_of(output: Mapping[str, Any], max_length: int) -> Actions:
+    """OpenRLHF cuts everything at `max_length`, and so does this."""
+    ids = [int(i) for i in output["observation_tokens"]][:max_length]
+    ranges = [(int(i), min(int(j), len(ids))) for i, j in output["action_ranges"]]
+    ranges = [(i, j) for i, j in ranges if i < j]
+    start, stop = (ranges[0][0], ranges[-1][1]) if ranges else (len(ids), len(ids))
+    sampled = [False] * (stop - start)
+    for i, j in ranges:
+        sampled[i - start : j - start] = [True] * (j - i)
+    policy = output.get("rollout_log_probs")
+    return Actions(
+        start,
+        ids[start:stop],
+        sampled,
+        None if policy is None else list(policy[start:stop]),
+        [i - start for (_, j), (i, _) in pairwise(ranges) if i == j],
+    )
+
+
+async def score_rollout(
+    scorer: CrossModelEntropy,
+    prompt: Prompt,
+    output: dict[str, Any],
+    max_length: int,
+    environment_weight: float,
+) -> dict[str, Any]:
+    """An executor's output with cross-model entropy as its reward, token by token.
+
+    Raises:
+        ConfigError: for `baseline="policy"` where OpenRLHF does not keep the policy's log-probs.
+    """
+    start, ids, sampled, policy, joints = actions_of(output, max_length)
+    if scorer.config.baseline != "policy":
+        policy = None
+    elif policy is None:
+        raise ConfigError(
+            'baseline="policy" needs the log-probs that the policy sampled with; OpenRLHF keeps '
+            "them with --algo.advantage.is_correction_level token (or seq), "
+            "--algo.advantage.is_correction_enable or --enable_vllm_is_correction, by version"
+        )
+    known = [i < scorer.table.vocab_size for i in ids]
+    if not all(known):  # models pad their vocabulary: such an id has no text and is not scored
+        blank = _blank(scorer)
+        ids = [i if k else blank for i, k in zip(ids, known, strict=True)]
+        sampled = [s and k for s, k in zip(sampled, known, strict=True)]
+    # Between two such turns an end that nobody sampled tells that the first one is over.
+    at = [k for k in joints if ids[k - 1] in scorer.eos_ids]
+    own = np.insert(np.ones(len(ids), dtype=bool), at, False)
+    eos = scorer.generator_tokenizer.eos_token_id
+    ends = [ids[k - 1] if eos is None else eos for k in at]
+    batch = await scorer.score_async(
+        [prompt],
+        [np.insert(np.array(ids, dtype=np.int64), at, ends)],
+        [np.insert(np.array(sampled, dtype=bool), at, False)],
+        None if policy is None else [np.insert(np.array(policy, dtype=float), at, 0.0)],
+    )
+    sequence = float(batch.sequence_rewards[0])
+    bonus = environment_weight * float(output.get("reward") or 0.0)
+    rewards = batch.token_rewards[0].double().numpy()[own] + bonus
+    length = min(len(output["observation_tokens"]), max_length)
+    row = np.full(length, np.nan)
+    row[start : start + len(ids)] = np.where(batch.mask[0].numpy()[own], rewards, np.nan)
+    logs = dict(output.get("extra_logs") or {})
+    output["reward"] = sequence + bonus
+    output["scores"] = in_unit_interval(sequence)
+    # The axis of actions: entry a is about token a + 1.
+    output["extra_logs"] = logs | metrics_of(batch) | {KEY: row[1:].tolist()}
+    return output
+
+
+def _blank(scorer: CrossModelEntropy) -> int:
+    """A token without text or meaning, to stand for one that the tokenizer does not have."""
+    tokenizer = scorer.generator_tokenizer
+    named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "unk", "bos", "eos")]
+    usable = [i for i in named if i in special_ids(tokenizer)]
+    usable.sort(key=lambda i: i in scorer.eos_ids)  # rather none that ends a turn
+    return int([*usable, *special_ids(tokenizer)][0])
+
+
+def _stop_ids(name: str) -> list[int]:
+    """Where vLLM stops besides the tokenizer's EOS: as the model's generation config says."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(name, local_files_only=True).eos_token_id
+    except OSError:  # a model need not have one; and where it was loaded, it is here
+        return []
+    return [] if found is None else np.atleast_1d(found).tolist()

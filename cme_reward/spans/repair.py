@@ -1,0 +1,136 @@
+"""Spans where no byte table can give them: normalised text, and decoders of their own making.
+
+Slow paths, one response at a time, each ending in a proof or a `TokenizerError`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from cme_reward._ragged import Int64
+from cme_reward.errors import TokenizerError
+from cme_reward.spans.pieces import Pieces, gather
+from cme_reward.spans.utf8 import REPLACEMENT, WHOLE_CHAR, decode_bytes
+
+
+def offset_spans(
+    tokenizer: Any, backend: Tokenizer, pieces: Pieces | None, text: str, encoding: Encoding
+) -> tuple[Int64, Int64, Int64]:
+    """`(ids, ends, holes)` of a text that the tokenizer normalises, from its own offsets.
+
+    Offsets are not a partition: tokens that split a character all get the whole of it, a dummy
+    prefix sits on top of the first character, what normalising joined or removed is left out.
+    Tokens whose offsets overlap share their stretch of text by the bytes they write. Characters
+    that were joined to the token before them (NFC: `e` + U+0301 -> `é`) belong to that token; what
+    was removed is a hole.
+    """
+    ids = np.array(encoding.ids, dtype=np.int64)
+    ends: list[int] = []
+    holes: list[tuple[int, int]] = []
+    groups = _overlapping_groups(encoding.offsets)
+    limits = [*(start for _, _, start, _ in groups), len(text)][1:]
+    done = 0  # characters placed so far
+    for (first, last, start, stop), limit in zip(groups, limits, strict=True):
+        if not done <= start < stop <= limit:
+            raise _unplaceable(tokenizer, text, f"offsets {encoding.offsets[first:last]}")
+        if start > done:
+            holes.append((done, start))
+        done = stop if stop == limit else _with_joined(backend, text, stop, limit)
+        if last - first == 1:
+            ends.append(WHOLE_CHAR * done)
+        else:
+            width = WHOLE_CHAR * (done - start)
+            shares = _shares(pieces, ids[first:last], text[start:stop], width)
+            ends += (WHOLE_CHAR * start + shares).tolist()
+    if done < len(text):
+        holes.append((done, len(text)))
+    return (
+        ids,
+        np.array(ends, dtype=np.int64),
+        WHOLE_CHAR * np.array(holes, dtype=np.int64).reshape(-1, 2),
+    )
+
+
+def _overlapping_groups(offsets: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """Maximal runs of tokens that share characters: `(first, last, start, stop)`.
+
+    A token with an empty offset has no place of its own: it joins the tokens before it, or those
+    after it where there are none.
+    """
+    groups: list[tuple[int, int, int, int]] = []
+    for t, (start, stop) in enumerate(offsets):
+        first, last = t, t + 1
+        # NFC reorders combining marks, so a token may reach back over several groups.
+        while groups and (start < groups[-1][3] or start == stop or groups[-1][2] == groups[-1][3]):
+            first, _, before_start, before_stop = groups.pop()
+            stretches = [(i, j) for i, j in ((before_start, before_stop), (start, stop)) if i < j]
+            start = min((i for i, _ in stretches), default=start)
+            stop = max((j for _, j in stretches), default=stop)
+        groups.append((first, last, start, stop))
+    return groups
+
+
+def _with_joined(backend: Tokenizer, text: str, stop: int, limit: int) -> int:
+    """`stop`, moved over the characters before `limit` that the normaliser keeps.
+
+    A kept character without a token of its own went into the one before it (NFC composes and
+    reorders combining marks). Dropped ones (BERT's accents and controls) stay behind, and so does
+    white space, which splitting into words drops.
+    """
+    normalizer = backend.normalizer
+    while normalizer and stop < limit and normalizer.normalize_str(text[stop]).strip():
+        stop += 1
+    return stop
+
+
+def _shares(pieces: Pieces | None, ids: Int64, text: str, width: int) -> Int64:
+    """Right ends of tokens within the stretch `[0, width)` that they write together."""
+    n_bytes = np.ones(len(ids), dtype=np.int64)
+    if pieces is not None:
+        raw, n_bytes = gather(pieces, ids)
+        if raw.tobytes() == text.encode() and width == WHOLE_CHAR * len(text):
+            _, positions, _ = decode_bytes(raw, n_bytes, pieces.is_byte[ids], final=True)
+            return positions[np.cumsum(n_bytes)]
+    # An unknown token writes no bytes, and yet stands for some of this text.
+    weights = np.cumsum(np.maximum(n_bytes, 1))
+    return width * weights // weights[-1]
+
+
+def incremental_spans(
+    tokenizer: Any, backend: Tokenizer, ids: Int64, special: Int64
+) -> tuple[str, Int64]:
+    """`(text, ends)` by decoding token after token, checked against decoding them all at once.
+
+    Tokens that only together complete a character share it evenly.
+    """
+    writing = np.flatnonzero(~np.isin(ids, special))
+    writers = ids[writing].tolist()
+    text = backend.decode(writers, skip_special_tokens=False)
+    widths = np.zeros(len(ids), dtype=np.int64)
+    context = first = done = 0  # writers[context:first] are decoded again, as context
+    for t in range(len(writers)):
+        before = backend.decode(writers[context:first], skip_special_tokens=False)
+        after = backend.decode(writers[context : t + 1], skip_special_tokens=False)
+        if not after.startswith(before) or (after.endswith(REPLACEMENT) and t + 1 < len(writers)):
+            continue
+        stop = done + len(after) - len(before)
+        if text[done:stop] != after[len(before) :]:
+            raise _unplaceable(tokenizer, text, f"token {writing[t]} (id {writers[t]})")
+        share = WHOLE_CHAR * (stop - done) * np.arange(t + 2 - first) // (t + 1 - first)
+        widths[writing[first : t + 1]] = np.diff(share)
+        context, first, done = first, t + 1, stop
+    if done != len(text):
+        raise _unplaceable(tokenizer, text, f"the text after character {done}")
+    return text, np.cumsum(widths)
+
+
+def _unplaceable(tokenizer: Any, text: str, where: str) -> TokenizerError:
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return TokenizerError(
+        f"tokenizer {getattr(tokenizer, 'name_or_path', type(tokenizer).__name__)!r} cannot be "
+        f"aligned exactly: {where} does not fit the text {shown!r}. Expected tokens that write "
+        "the text piece by piece; please report this tokenizer, or use another verifier"
+    )
