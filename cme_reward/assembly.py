@@ -1,25 +1,79 @@
-"""Scores of assistant turns -> the rewards and metrics of whole responses."""
+"""Scores of assistant turns -> the rewards of whole responses, each formula a function.
+
+Over the M verifiers, V_m being the verifier's tokens of a response and t the generator's:
+
+    Eq. 1:  token[t] = 1/M sum_m [aligned_m[t] - share_m[t] * policy[t]]
+    Eq. 3:  sequence = 1/M sum_m [sum_{s in V_m} logp_m[s] - sum_t share_m[t] * policy[t]] / |V_m|
+
+(arXiv 2605.29009, negated). `share_m[t]` is the share of token t's text that V_m writes: 0 for text
+beyond the verifier's context or dropped by its tokenizer and for special tokens, 1 for an EOS whose
+log-prob counts. So both sums are over one text, white space included, whatever the mask leaves out
+of the tokens. `policy` is 0 unless `baseline="policy"`.
+
+Arrays over all N tokens of B responses are flat, one response after the other; arrays over n
+segments hold one entry for each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from cme_reward._ragged import Int64, row_offsets, split
-from cme_reward._rows import pad
+from cme_reward._ragged import Int64, pad, place_of, row_offsets, split
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.turns import Segment
 from cme_reward.errors import InputError
-from cme_reward.metrics import length_correlation, repetition
+from cme_reward.metrics import METRICS, length_correlation, mean, repetition, spread
 from cme_reward.scoring import SegmentScores
-from cme_reward.spans.table import BLANK, NO_TEXT, TEXT
+from cme_reward.spans.kinds import BLANK, NO_TEXT, TEXT
 
 Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+
+
+class Layout:
+    """Where the tokens and segments of B responses lie in flat arrays.
+
+    Segments hold the sampled tokens in order: what they say of their own tokens is an array over
+    the sampled tokens, which `spread` puts among the others.
+    """
+
+    def __init__(self, ids: Sequence[Int64], segments: Sequence[Segment]) -> None:
+        self.ids = ids
+        self.segments = segments
+        self.offsets = row_offsets([len(row) for row in ids])
+        self.row_N = np.repeat(np.arange(len(ids)), np.diff(self.offsets))
+        self.row_n = np.array([s.row for s in segments], dtype=np.int64)
+        self.sampled_N = np.zeros(int(self.offsets[-1]), dtype=bool)
+        for s in segments:
+            self.sampled_N[self.offsets[s.row] + s.start : self.offsets[s.row] + s.stop] = True
+        self.kinds = np.concatenate([np.zeros(0, np.uint8), *(s.kinds for s in segments)])
+        """Of the sampled tokens."""
+
+    def with_text(self, config: CMEConfig) -> Bool:
+        """Of the sampled tokens, those that can have a reward for their text."""
+        return (self.kinds == TEXT) | ((self.kinds == BLANK) & (config.whitespace == "keep"))
+
+    def spread(self, values: NDArray) -> NDArray:
+        """Of the sampled tokens, as `[N]`; 0 or False elsewhere."""
+        flat = np.zeros(len(self.sampled_N), dtype=values.dtype)
+        flat[self.sampled_N] = values
+        return flat
+
+    def sums(self, values: ArrayLike, rows: Int64) -> Float64:
+        """Sums of each response, `[B]`."""
+        sums = np.bincount(rows, np.asarray(values, dtype=np.float64), len(self.ids))
+        return sums.astype(np.float64, copy=False)
+
+    @property
+    def sampled_ids(self) -> list[Int64]:
+        """The sampled tokens of each response."""
+        flat = np.concatenate([np.zeros(0, np.int64), *self.ids])[self.sampled_N]
+        return split(flat, row_offsets(self.sampled_N.astype(np.int64))[self.offsets])
 
 
 def assemble(
@@ -31,85 +85,133 @@ def assemble(
 ) -> CMEBatch:
     """The rewards of all responses from each verifier's scores of their segments.
 
-    Over the M verifiers, with V_m the verifier's tokens of a response (Eq. 3), t the generator's:
-
-        sequence = 1/M sum_m [sum_{s in V_m} logp_m[s] - sum_t share_m[t] * policy[t]] / |V_m|
-        token[t] = 1/M sum_m [aligned_m[t] - share_m[t] * policy[t]]
-
-    `share_m[t]` is the share of token t's text that V_m writes: 0 for text beyond the verifier's
-    context or dropped by its tokenizer and for special tokens, 1 for an EOS whose log-prob counts.
-    So both sums are over one text, white space included, whatever `mask` leaves out of the tokens.
-    `policy` is flat over all tokens, and 0 unless `baseline="policy"`. The metrics of time are left
-    to the caller.
+    `policy` holds the policy's log-probs `[N]`, or is None. The metrics of time are left to the
+    caller.
 
     Raises:
         InputError: for a policy log-prob that is not finite where its share counts.
     """
-    offsets = row_offsets([len(row) for row in ids])
-    n_rows, n_tokens = len(ids), int(offsets[-1])
-    row_of_token = np.repeat(np.arange(n_rows), np.diff(offsets))
-    row_of_segment = np.array([s.row for s in segments], dtype=np.int64)
-    sampled = np.zeros(n_tokens, dtype=bool)
-    for s in segments:
-        sampled[offsets[s.row] + s.start : offsets[s.row] + s.stop] = True
-    kinds = np.concatenate([np.zeros(0, np.uint8), *(s.kinds for s in segments)])
-
-    def per_row(values: ArrayLike, rows: NDArray[Any]) -> NDArray[Any]:
-        return np.bincount(rows, np.asarray(values, dtype=np.float64), n_rows)
-
-    # Segments hold the sampled tokens in order, so that flat arrays of both correspond.
-    logprobs = np.zeros(n_tokens)
-    logprobs[sampled] = sum(score.aligned_N for score in scores) / len(scores)
-    with_text = (kinds == TEXT) | ((kinds == BLANK) & (config.whitespace == "keep"))
-    covered = np.logical_and.reduce([score.covered_N for score in scores])
-    is_eos = np.logical_and.reduce([score.is_eos_N for score in scores])
-    scored = sampled.copy()
-    scored[sampled] = (with_text & covered) | is_eos
-    own = [_own(policy, score, sampled, offsets) for score in scores]
-    rewards = np.where(scored, logprobs - sum(own) / len(scores), 0)
-
-    sequence, total = np.zeros(n_rows), np.zeros(n_rows)
-    for score, own_N in zip(scores, own, strict=True):
-        sums = per_row(score.sums_n, row_of_segment)
-        counts = per_row(score.counts_n, row_of_segment)
-        means = (sums - per_row(own_N, row_of_token)) / np.maximum(counts, 1)
-        sequence += np.where(counts > 0, means, score.uniform) / len(scores)
-        total += sums / len(scores)
-    # Floored at 0: a sum of a few thousand aligned log-probs ends some 1e-12 off.
-    kept = per_row(np.where(scored, logprobs, 0), row_of_token)
-    dropped = np.maximum(kept - total, 0)
-
-    truncated = np.logical_or.reduce([score.truncated_n for score in scores])
-    n_verifier_tokens = sum(score.counts_n.sum() for score in scores) / len(scores)
+    layout = Layout(ids, segments)
+    logprobs_N = layout.spread(np.mean([score.aligned_N for score in scores], axis=0))
+    own = [policy_part(policy, score, layout) for score in scores]
+    scored_N = scored_tokens(scores, layout, config)
+    rewards_N = token_rewards(logprobs_N, own, scored_N)
+    sequence_B = sequence_rewards(scores, own, layout)
+    dropped_B = dropped_nats(logprobs_N, scored_N, scores, layout)
     metrics = {
-        "token_reward_mean": _mean(rewards[scored]),
-        "token_reward_std": float(rewards[scored].std(ddof=1)) if scored.sum() > 1 else 0.0,
-        "sequence_reward_mean": _mean(sequence),
-        "coverage": _mean(covered[with_text], empty=1.0),
-        "dropped_nats": _mean(dropped),
-        "verifier_tokens_per_token": float(n_verifier_tokens / max(sampled.sum(), 1)),
-        "truncated": float(len(set(row_of_segment[truncated].tolist()))),
-        "repetition": repetition(split(*_sampled_rows(ids, sampled, offsets))),
-        "length_correlation": length_correlation(sequence, per_row(sampled, row_of_token)),
-        "special_masked": sum(map(_inner_specials, segments)) / max(n_rows, 1),
-        "thinking_tokens": sum(s.n_thinking for s in segments) / max(n_rows, 1),
-        "thinking_unclosed": len({s.row for s in segments if s.unclosed}) / max(n_rows, 1),
+        "token_reward_mean": mean(rewards_N[scored_N]),
+        "token_reward_std": spread(rewards_N[scored_N]),
+        "sequence_reward_mean": mean(sequence_B),
+        "dropped_nats": mean(dropped_B),
+        **_of_reading(scores, layout, config),
+        **_of_responses(sequence_B, layout),
     }
     if config.level == "sequence":
-        rewards, scored = np.zeros(n_tokens), sampled
-        last = {s.row: int(offsets[s.row]) + s.stop - 1 for s in segments if s.stop > s.start}
-        for b, position in last.items():
-            rewards[position] = sequence[b]
+        rewards_N, scored_N = on_last_token(sequence_B, layout), layout.sampled_N
     return CMEBatch(
-        token_rewards=pad(rewards.astype(np.float32), offsets),
-        mask=pad(scored, offsets),
-        sequence_rewards=torch.from_numpy(sequence).float(),
-        token_logprobs=pad(logprobs.astype(np.float32), offsets),
-        dropped_nats=torch.from_numpy(dropped).float(),
-        verifier_tokens=_verifier_tokens(scores[0], row_of_segment, n_rows),
-        metrics=metrics,
+        token_rewards=pad(rewards_N.astype(np.float32), layout.offsets),
+        mask=pad(scored_N, layout.offsets),
+        sequence_rewards=torch.from_numpy(sequence_B).float(),
+        token_logprobs=pad(logprobs_N.astype(np.float32), layout.offsets),
+        dropped_nats=torch.from_numpy(dropped_B).float(),
+        verifier_tokens=_verifier_tokens(scores[0], layout),
+        metrics={name: metrics[name] for name in METRICS if name in metrics},
         config=config,
     )
+
+
+def token_rewards(logprobs_N: Float64, own: Sequence[Float64], scored_N: Bool) -> Float64:
+    """Eq. 1: aligned log-probs, mean over verifiers, less the policy's own; 0 where masked."""
+    return np.where(scored_N, logprobs_N - sum(own) / len(own), 0)
+
+
+def sequence_rewards(
+    scores: Sequence[SegmentScores], own: Sequence[Float64], layout: Layout
+) -> Float64:
+    """Eq. 3: log-probs per verifier token, mean over verifiers, `[B]`; a uniform guess where a
+    verifier scored nothing."""
+    sequence_B = np.zeros(len(layout.ids))
+    for score, own_N in zip(scores, own, strict=True):
+        sums_B = layout.sums(score.sums_n, layout.row_n) - layout.sums(own_N, layout.row_N)
+        counts_B = layout.sums(score.counts_n, layout.row_n)
+        means_B = np.where(counts_B > 0, sums_B / np.maximum(counts_B, 1), score.uniform)
+        sequence_B += means_B / len(scores)
+    return sequence_B
+
+
+def scored_tokens(scores: Sequence[SegmentScores], layout: Layout, config: CMEConfig) -> Bool:
+    """Appendix B's mask, `[N]`: tokens with text, all of which every verifier scored that keeps it;
+    and an EOS that has the end of turn's log-prob."""
+    is_eos = np.logical_and.reduce([score.is_eos_N for score in scores])
+    return layout.spread((layout.with_text(config) & _covered(scores)) | is_eos)
+
+
+def dropped_nats(
+    logprobs_N: Float64, scored_N: Bool, scores: Sequence[SegmentScores], layout: Layout
+) -> Float64:
+    """Surprise on masked tokens: all of a response's, less that of its scored tokens, `[B]`.
+
+    Floored at 0: a sum of a few thousand aligned log-probs ends some 1e-12 off.
+    """
+    totals_B = sum(layout.sums(score.sums_n, layout.row_n) / len(scores) for score in scores)
+    kept_B = layout.sums(np.where(scored_N, logprobs_N, 0), layout.row_N)
+    return np.maximum(kept_B - totals_B, 0)
+
+
+def on_last_token(sequence_B: Float64, layout: Layout) -> Float64:
+    """Each sequence reward on the last sampled token, as frameworks place a scalar; 0 elsewhere."""
+    rewards_N = np.zeros(len(layout.sampled_N))
+    last = {s.row: layout.offsets[s.row] + s.stop - 1 for s in layout.segments if s.stop > s.start}
+    for b, position in last.items():
+        rewards_N[position] = sequence_B[b]
+    return rewards_N
+
+
+def policy_part(policy: Float64 | None, score: SegmentScores, layout: Layout) -> Float64:
+    """`share[t] * policy[t]`: the policy's log-probs of the text that a verifier scored, `[N]`."""
+    own_N = np.zeros(len(layout.sampled_N))
+    if policy is None:
+        return own_N
+    counted = np.flatnonzero(layout.sampled_N)[score.share_N > 0]
+    own_N[counted] = policy[counted] * score.share_N[score.share_N > 0]
+    for at in np.flatnonzero(~np.isfinite(own_N))[:1]:
+        b, position = place_of(at, layout.offsets)
+        raise InputError(
+            f"policy_logprobs of response {b}, token {position} is {policy[at]}; "
+            "expected the finite log-prob of a sampled token"
+        )
+    return own_N
+
+
+def _of_reading(
+    scores: Sequence[SegmentScores], layout: Layout, config: CMEConfig
+) -> dict[str, float]:
+    """Metrics of how much of the responses the verifiers read."""
+    segments, n_rows = layout.segments, max(len(layout.ids), 1)
+    truncated_n = np.logical_or.reduce([score.truncated_n for score in scores])
+    n_verifier_tokens = sum(score.counts_n.sum() for score in scores) / len(scores)
+    return {
+        "coverage": mean(_covered(scores)[layout.with_text(config)], empty=1.0),
+        "verifier_tokens_per_token": float(n_verifier_tokens / max(layout.sampled_N.sum(), 1)),
+        "truncated": float(len(set(layout.row_n[truncated_n].tolist()))),
+        "special_masked": sum(map(_inner_specials, segments)) / n_rows,
+        "thinking_tokens": sum(s.n_thinking for s in segments) / n_rows,
+        "thinking_unclosed": len({s.row for s in segments if s.unclosed}) / n_rows,
+    }
+
+
+def _of_responses(sequence_B: Float64, layout: Layout) -> dict[str, float]:
+    """Metrics of the responses themselves."""
+    lengths_B = layout.sums(layout.sampled_N, layout.row_N)
+    return {
+        "repetition": repetition(layout.sampled_ids),
+        "length_correlation": length_correlation(sequence_B, lengths_B),
+    }
+
+
+def _covered(scores: Sequence[SegmentScores]) -> Bool:
+    """Of the sampled tokens, those that every verifier covers."""
+    return np.logical_and.reduce([score.covered_N for score in scores])
 
 
 def _inner_specials(segment: Segment) -> int:
@@ -117,38 +219,10 @@ def _inner_specials(segment: Segment) -> int:
     return int(np.count_nonzero(segment.kinds[: segment.eos] == NO_TEXT))
 
 
-def _own(
-    policy: Float64 | None, score: SegmentScores, sampled: NDArray[np.bool_], offsets: Int64
-) -> Float64:
-    """The policy's log-probs of the text that a verifier scored, flat over all tokens."""
-    own = np.zeros(len(sampled))
-    if policy is None:
-        return own
-    counted = np.flatnonzero(sampled)[score.share_N > 0]
-    own[counted] = policy[counted] * score.share_N[score.share_N > 0]
-    bad = np.flatnonzero(~np.isfinite(own))
-    if bad.size:
-        b = int(np.searchsorted(offsets, bad[0], side="right")) - 1
-        raise InputError(
-            f"policy_logprobs of response {b}, token {bad[0] - offsets[b]} is {policy[bad[0]]}; "
-            "expected the finite log-prob of a sampled token"
-        )
-    return own
-
-
-def _sampled_rows(
-    ids: list[Int64], sampled: NDArray[np.bool_], offsets: Int64
-) -> tuple[Int64, Int64]:
-    flat = np.concatenate([np.zeros(0, np.int64), *ids])[sampled]
-    return flat, row_offsets(sampled.astype(np.int64))[offsets]
-
-
-def _verifier_tokens(
-    score: SegmentScores, row_of_segment: Int64, n_rows: int
-) -> list[tuple[Int64, Float64]]:
+def _verifier_tokens(score: SegmentScores, layout: Layout) -> list[tuple[Int64, Float64]]:
     """Ids and log-probs of each response, its segments one after the other."""
-    rows: list[list[tuple[Int64, Float64]]] = [[] for _ in range(n_rows)]
-    for b, tokens in zip(row_of_segment.tolist(), score.verifier_tokens_n, strict=True):
+    rows: list[list[tuple[Int64, Float64]]] = [[] for _ in layout.ids]
+    for b, tokens in zip(layout.row_n.tolist(), score.verifier_tokens_n, strict=True):
         rows[b].append(tokens)
     nothing = np.zeros(0, np.int64), np.zeros(0)
     return [
@@ -160,7 +234,3 @@ def _verifier_tokens(
         else row[0]
         for row in rows
     ]
-
-
-def _mean(values: NDArray[Any], empty: float = 0.0) -> float:
-    return float(values.mean()) if values.size else empty

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,37 +13,57 @@ from numpy.typing import NDArray
 from cme_reward.advantages import group_advantages
 from cme_reward.config import CMEConfig
 
+_SHOWN = ("sequence_reward_mean", "coverage", "dropped_nats", "truncated", "repetition")
+
 
 @dataclass(frozen=True)
 class CMEBatch:
-    """Rewards of B responses, padded on the right to T tokens: CPU tensors, in nats."""
+    """Rewards of B responses, padded on the right to T tokens, in nats; on the CPU until `to`.
+
+    No responses give tensors of no rows. A response without a token that has a reward has a row of
+    zeros, its mask False throughout.
+    """
 
     token_rewards: torch.Tensor
-    """`[B, T]` float32, 0 where masked. At `level="sequence"`: the sequence reward on the last
-    sampled token and 0 elsewhere, as frameworks place a scalar reward."""
+    """`[B, T]` float32, nats, 0 where masked. At `level="sequence"`: the sequence reward on the
+    last sampled token and 0 elsewhere, as frameworks place a scalar reward."""
 
     mask: torch.Tensor
     """`[B, T]` bool, True where a token has a reward. At `level="sequence"`: every sampled token,
     since they share one."""
 
     sequence_rewards: torch.Tensor
-    """`[B]` float32: mean verifier log-prob per verifier token (arXiv 2605.29009, Eq. 3)."""
+    """`[B]` float32, nats per verifier token: mean verifier log-prob (arXiv 2605.29009, Eq. 3)."""
 
     token_logprobs: torch.Tensor
-    """`[B, T]` float32: aligned verifier log-probs before masking; 0 for what the verifier did not
-    see."""
+    """`[B, T]` float32, nats: aligned verifier log-probs before masking; 0 for what the verifier
+    did not see."""
 
     dropped_nats: torch.Tensor
-    """`[B]` float32, >= 0: how much of a response's surprise lies on masked tokens."""
+    """`[B]` float32, nats, >= 0: how much of a response's surprise lies on masked tokens."""
 
     verifier_tokens: list[tuple[NDArray[np.int64], NDArray[np.float64]]]
-    """Per response, the verifier's ids and their log-probs, end of turn included; of the first
-    member of an ensemble."""
+    """Per response, the verifier's ids `[S]` and their log-probs `[S]` in nats, end of turn
+    included; of the first member of an ensemble."""
 
     metrics: dict[str, float]
-    """See `cme_reward.metrics`."""
+    """Numbers of the whole batch, see `cme_reward.metrics.METRICS`."""
 
     config: CMEConfig
+    """The settings it was made with."""
+
+    def __repr__(self) -> str:
+        responses, tokens = self.mask.shape
+        shown = [f"{name}={self.metrics[name]:.4g}" for name in _SHOWN if name in self.metrics]
+        return (
+            f"CMEBatch({responses} responses, T={tokens}, level={self.config.level!r}, "
+            f"rewarded={int(self.mask.sum())}, {', '.join(shown)})"
+        )
+
+    def to(self, device: torch.device | str | int) -> CMEBatch:
+        """The same, its tensors on a device; the verifier's tokens are numpy arrays and stay."""
+        names = ("token_rewards", "mask", "sequence_rewards", "token_logprobs", "dropped_nats")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def advantages(self, groups: Sequence[Any] | torch.Tensor) -> torch.Tensor:
         """Advantages `[B, T]` at the configured level, scale and eps; 0 where masked.

@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cme_reward.errors import TokenizerError
-
-if TYPE_CHECKING:
-    from cme_reward.reward import CrossModelEntropy
 
 
 def silence() -> None:
@@ -55,17 +52,3 @@ def load_tokenizer(name: str) -> Any:
             "name of a model on the hub (check the spelling, the network and HF_TOKEN), or "
             f"embedded. transformers says: {first}"
         ) from error
-
-
-def end_of_turn(scorer: CrossModelEntropy) -> int:
-    """The id with which the generator ends a response."""
-    from cme_reward.conversation.format import PromptFormat
-
-    tokenizer = scorer.generator_tokenizer
-    for end in (PromptFormat(tokenizer).end_of_turn, tokenizer.eos_token_id):
-        if end is not None and end in scorer.eos_ids:
-            return int(end)
-    raise TokenizerError(
-        f"--append-eos: the tokenizer {tokenizer.name_or_path!r} has no special token that ends a "
-        "response"
-    )

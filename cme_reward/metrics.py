@@ -1,8 +1,13 @@
-"""Numbers that tell, in every training step, whether the reward is healthy."""
+"""All metrics of a batch: numbers that tell, in every training step, whether the reward is healthy.
+
+`METRICS` defines them. Adapters log these names under their framework's prefix, and read from the
+table how values of single responses make one of many.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +15,53 @@ from numpy.typing import NDArray
 from cme_reward._ragged import Int64, flatten
 
 Float64 = NDArray[np.float64]
+
+
+class Metric(NamedTuple):
+    unit: str
+    over: Literal["tokens", "mean", "sum", "batch"]
+    """How those of single responses make one: over all their rewarded tokens, their mean, their
+    sum; or not at all, since it compares responses."""
+    meaning: str
+
+
+METRICS = {
+    "token_reward_mean": Metric("nats", "tokens", "mean reward of the tokens that have one"),
+    "token_reward_std": Metric("nats", "tokens", "sample standard deviation of these rewards"),
+    "sequence_reward_mean": Metric("nats", "batch", "mean sequence reward (Eq. 3)"),
+    "coverage": Metric(
+        "share", "mean", "of tokens with text, those all of whose text the verifier scored"
+    ),
+    "dropped_nats": Metric("nats", "mean", "a response's surprise that lies on masked tokens"),
+    "verifier_tokens_per_token": Metric(
+        "tokens", "mean", "verifier tokens, end of turn included, per sampled token"
+    ),
+    "truncated": Metric("responses", "sum", "responses that the verifier's context did not hold"),
+    "repetition": Metric("share", "mean", "of a response's 4-grams, those that it had before"),
+    "length_correlation": Metric(
+        "-1 to 1", "batch", "Pearson correlation of sequence reward and length; 0 without a spread"
+    ),
+    "special_masked": Metric("tokens", "mean", "special tokens inside a response, left out"),
+    "thinking_tokens": Metric("tokens", "mean", "tokens of a response's thoughts, tags included"),
+    "thinking_unclosed": Metric("share", "mean", "responses that end inside a thought"),
+    "verifier_seconds": Metric("s", "sum", "in the verifier, or waiting for it"),
+    "alignment_seconds": Metric("s", "sum", "in everything else"),
+}
+
+
+def names(*over: str) -> tuple[str, ...]:
+    """The metrics that are pooled in one of these ways, without those of time."""
+    return tuple(k for k, metric in METRICS.items() if metric.over in over and metric.unit != "s")
+
+
+def mean(values: NDArray, empty: float = 0.0) -> float:
+    """Of numbers, if there are any."""
+    return float(values.mean()) if values.size else empty
+
+
+def spread(values: NDArray) -> float:
+    """Sample standard deviation; 0 of fewer than two numbers."""
+    return float(values.std(ddof=1)) if values.size > 1 else 0.0
 
 
 def repetition(ids: Sequence[Int64], n: int = 4) -> float:

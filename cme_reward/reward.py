@@ -6,29 +6,31 @@ import asyncio
 import copy
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cme_reward._ragged import Int64, split
-from cme_reward._rows import check_environment, flat_like, flat_responses
+from cme_reward._ragged import Int64, flat_like, require_pairs, split
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
-from cme_reward.conversation.environment import EnvironmentReader
-from cme_reward.conversation.format import Prompt, end_ids
-from cme_reward.conversation.turns import Segment, Thinking, split_turns
+from cme_reward.conversation.messages import Prompt
+from cme_reward.conversation.turns import Segment, check_environment
 from cme_reward.errors import InputError
-from cme_reward.scoring import MemberScorer, SegmentScores, without_blocking
-from cme_reward.spans.pieces import special_ids
+from cme_reward.generator import Generator
+from cme_reward.loading import load_tokenizer
+from cme_reward.scoring import MemberScorer, SegmentScores
 from cme_reward.spans.table import SpanTable
-from cme_reward.verifiers.base import Verifier
-from cme_reward.verifiers.ensemble import Ensemble
+from cme_reward.verifiers import Ensemble, Verifier, load_verifier
+from cme_reward.verifiers.base import Closes, close
 
 Float64 = NDArray[np.float64]
+T = TypeVar("T")
+AT_ONCE = 1024
+"""Tokens for which the event loop can wait: about a millisecond."""
 
 
 class _Call(NamedTuple):
@@ -37,11 +39,9 @@ class _Call(NamedTuple):
     ids: list[Int64]
     segments: list[Segment]
     policy: Float64 | None
-    seconds: float
-    """Spent on it so far."""
 
 
-class CrossModelEntropy:
+class CrossModelEntropy(Closes):
     """The cross-model entropy reward: how unsurprising a verifier finds a response.
 
     A generator token's reward is the verifier's log-prob of its text (arXiv 2605.29009, Eq. 1,
@@ -50,8 +50,10 @@ class CrossModelEntropy:
     verifier's canonical tokenisation of the text, not a marginal over tokenisations.
 
     Args:
-        verifier: a `Verifier` or `Ensemble`, see `load_verifier`.
-        generator_tokenizer: the sampler's fast tokenizer.
+        verifier: a `Verifier` or `Ensemble`, or the spec of one (see `load_verifier`), which is
+            then loaded with its defaults, and closed by `close` or at the end of a `with`.
+        generator_tokenizer: the sampler's fast tokenizer, or its name. None: the verifier's own
+            (an ensemble's first one's), where responses are texts rather than sampled ids.
         config: see `CMEConfig`.
         eos_token_ids: special tokens with which the generator ends a response, besides its
             tokenizer's EOS and the token that its chat template writes after an assistant message.
@@ -59,66 +61,85 @@ class CrossModelEntropy:
             `{"enable_thinking": False}` or `{"chat_template": "..."}`. Whatever its generation
             prompt puts at the start of a response (`<think>`) is shown to the verifier in front of
             it, and not scored, where prompts are messages.
+        padded_vocabulary: the generator's model chooses among more ids than its tokenizer has
+            (Qwen2.5: 151,936 of 151,665); those beyond write nothing and have no reward. If False,
+            they are errors.
+
+    Attributes:
+        generator: what is known of the sampler.
+        members: a `MemberScorer` for each verifier.
+        warns: whether responses that do not fit the verifier's context are warned of, once.
 
     Raises:
-        TokenizerError: if a tokenizer is not a fast one.
+        TokenizerError: if a tokenizer does not load, or is not a fast one.
+        VerifierError: if a verifier does not load.
     """
 
     def __init__(
         self,
-        verifier: Verifier | Ensemble,
-        generator_tokenizer: Any,
+        verifier: Verifier | Ensemble | str,
+        generator_tokenizer: Any = None,
         config: CMEConfig = CMEConfig(),  # noqa: B008 (frozen)
         *,
         eos_token_ids: Iterable[int] = (),
         generator_template_kwargs: Mapping[str, Any] | None = None,
+        padded_vocabulary: bool = False,
     ) -> None:
+        if isinstance(generator_tokenizer, str):  # first: a wrong name shows before weights load
+            generator_tokenizer = load_tokenizer(generator_tokenizer)
+        self._opened: Verifier | Ensemble | None = None  # what `close` is to close
+        if isinstance(verifier, str):
+            verifier = self._opened = load_verifier(verifier)
         self.verifier = verifier
-        self.generator_tokenizer = generator_tokenizer
         self.config = config
         members = verifier.members if isinstance(verifier, Ensemble) else (verifier,)
         self.members = [MemberScorer(member, config) for member in members]
-        self._warned = False
-        self._know_generator(eos_token_ids, generator_template_kwargs)
+        self.generator = Generator(
+            members[0].tokenizer if generator_tokenizer is None else generator_tokenizer,
+            config,
+            eos_token_ids=eos_token_ids,
+            template_kwargs=generator_template_kwargs,
+            padded_vocabulary=padded_vocabulary,
+        )
+        self.warns = True
 
     def for_generator(
-        self, *, eos_token_ids: Iterable[int] = (), template_kwargs: Mapping[str, Any] | None = None
+        self,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        padded_vocabulary: bool = False,
     ) -> CrossModelEntropy:
         """The same reward, for a generator that also stops at these ids, and whose prompts are
         rendered with these options: what a trainer knows when the reward is made already."""
         other = copy.copy(self)
-        given = {**self.reader.template_kwargs, **(template_kwargs or {})}
-        other._know_generator([*self.eos_ids.tolist(), *eos_token_ids], given)
+        other._opened = None  # closed by the first one
+        other.generator = self.generator.extended(
+            eos_token_ids=eos_token_ids,
+            template_kwargs=template_kwargs,
+            padded_vocabulary=padded_vocabulary,
+        )
         return other
 
-    def _know_generator(
-        self, eos_token_ids: Iterable[int], template_kwargs: Mapping[str, Any] | None
-    ) -> None:
-        tokenizer, config = self.generator_tokenizer, self.config
-        self.special_ids = special_ids(tokenizer)
-        self.eos_ids = end_ids(tokenizer, eos_token_ids)
-        shown = config.special_tokens == "show"
-        self.table = SpanTable(tokenizer, self._inner_specials() if shown else ())
-        opening, closing = config.thinking_tags
-        self.reader = EnvironmentReader(
-            tokenizer, template_kwargs, (opening, closing), show_special=shown
+    def __repr__(self) -> str:
+        return (
+            f"CrossModelEntropy(verifier={self.verifier.name!r}, "
+            f"generator={self.generator.name!r}, level={self.config.level!r})"
         )
-        self._thinking = Thinking(config.thinking, (opening, closing), self._tag_ids())
 
-    def _inner_specials(self) -> list[int]:
-        """Special tokens that can stand inside a response."""
-        tokenizer = self.generator_tokenizer
-        outer = {getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "unk")}
-        return [int(i) for i in np.setdiff1d(self.special_ids, self.eos_ids) if i not in outer]
+    def close(self) -> None:
+        """Close the verifier if it was opened here, by its spec; harmless twice."""
+        close(self._opened)
 
-    def _tag_ids(self) -> dict[int, bool]:
-        """Special tokens that open (True) and close thoughts, where their text is left out."""
-        if self.config.special_tokens == "show":
-            return {}
-        names = self.generator_tokenizer.convert_ids_to_tokens(self.special_ids.tolist())
-        opening, closing = self.config.thinking_tags
-        named = dict(zip(names, self.special_ids.tolist(), strict=True))
-        return {named[tag]: tag == opening for tag in (opening, closing) if tag in named}
+    @property
+    def generator_tokenizer(self) -> Any:
+        """The sampler's tokenizer."""
+        return self.generator.tokenizer
+
+    @property
+    def table(self) -> SpanTable:
+        """The spans of the sampler's tokens."""
+        return self.generator.table
 
     def __call__(
         self,
@@ -148,9 +169,17 @@ class CrossModelEntropy:
             InputError: if lengths disagree or an id that is read is outside the vocabulary.
             VerifierError: if the verifier returns anything but finite log-probs.
         """
-        call = self._prepared(prompts, response_ids, response_masks, policy_logprobs)
-        scores = [member.score(call.segments) for member in self.members]
-        return self._finished(call, scores)
+        call, seconds = _timed(
+            self._prepared, prompts, response_ids, response_masks, policy_logprobs
+        )
+        scores, waited = [], 0.0
+        for member in self.members:
+            question, took = _timed(member.ask, call.segments)
+            answers, spent = _timed(member.verifier.logprobs, *question.arguments)
+            read, more = _timed(member.read, question, answers)
+            scores.append(read)
+            waited, seconds = waited + spent, seconds + took + more
+        return self._finished(call, scores, waited, seconds)
 
     async def score_async(
         self,
@@ -167,32 +196,67 @@ class CrossModelEntropy:
         `BatchingVerifier`. A cancelled call is not scored if the verifier has not begun with it.
         """
         n_tokens = _n_tokens(response_ids)
-        call = await without_blocking(
+
+        async def one(member: MemberScorer) -> tuple[SegmentScores, float, float]:
+            question, took = await _without_blocking(n_tokens, member.ask, call.segments)
+            started = time.perf_counter()
+            answers = await member.shared.logprobs_async(*question.arguments)
+            waited = time.perf_counter() - started
+            read, more = await _without_blocking(n_tokens, member.read, question, answers)
+            return read, waited, took + more
+
+        call, seconds = await _without_blocking(
             n_tokens, self._prepared, prompts, response_ids, response_masks, policy_logprobs
         )
-        scores = await asyncio.gather(
-            *(member.score_async(call.segments) for member in self.members)
+        scores, waits, own = zip(*await asyncio.gather(*map(one, self.members)), strict=True)
+        batch, _ = await _without_blocking(
+            n_tokens, self._finished, call, scores, sum(waits), seconds + sum(own)
         )
-        return await without_blocking(n_tokens, self._finished, call, scores)
+        return batch
+
+    def score_texts(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        *,
+        ended: bool | Sequence[bool] = True,
+    ) -> CMEBatch:
+        """Score B responses given as texts, in the generator tokenizer's own tokens.
+
+        A policy's sampled ids may cut the same text otherwise; for training, score these.
+
+        Args:
+            prompts: B strings or message lists, see `__call__`.
+            responses: B texts.
+            ended: whether the generator ended them, of all or of each: the token that ends a
+                response is then put behind them. False for those that were cut off.
+
+        Raises:
+            InputError: if lengths disagree.
+            TokenizerError: if `ended`, and the generator has no token that ends a response.
+        """
+        require_pairs(prompts, responses)
+        ends = [ended] * len(responses) if isinstance(ended, bool) else list(ended)
+        if len(ends) != len(responses):
+            raise InputError(f"ended has {len(ends)} entries for {len(responses)} responses")
+        ids = self.table.encode_batch(responses).ids
+        closing = [self.generator.end_of_turn] if any(ends) else []
+        return self(prompts, [[*i.tolist(), *closing[:e]] for i, e in zip(ids, ends, strict=True)])
 
     def _prepared(
         self, prompts: Sequence[Prompt], response_ids: Any, response_masks: Any, policy: Any
     ) -> _Call:
-        started = time.perf_counter()
         ids, masks, policy = self._checked(prompts, response_ids, response_masks, policy)
-        segments = split_turns(
-            prompts, ids, masks, self.table, self.reader, self.eos_ids, self._thinking
-        )
-        return _Call(ids, segments, policy, time.perf_counter() - started)
+        return _Call(ids, self.generator.segments(prompts, ids, masks), policy)
 
-    def _finished(self, call: _Call, scores: Sequence[SegmentScores]) -> CMEBatch:
-        started = time.perf_counter()
-        batch = assemble(call.ids, call.segments, scores, call.policy, self.config)
-        own = call.seconds + sum(score.own_seconds for score in scores)
-        batch.metrics["verifier_seconds"] = sum(score.verifier_seconds for score in scores)
-        batch.metrics["alignment_seconds"] = own + time.perf_counter() - started
-        if batch.metrics["truncated"] and not self._warned:
-            self._warned = True
+    def _finished(
+        self, call: _Call, scores: Sequence[SegmentScores], waited: float, seconds: float
+    ) -> CMEBatch:
+        batch, took = _timed(assemble, call.ids, call.segments, scores, call.policy, self.config)
+        batch.metrics["verifier_seconds"] = waited
+        batch.metrics["alignment_seconds"] = seconds + took
+        if batch.metrics["truncated"] and self.warns:
+            self.warns = False
             warnings.warn(
                 f"{int(batch.metrics['truncated'])} of {len(call.ids)} responses do not fit the "
                 "verifier's context; their tails are masked. The metric `truncated` keeps count, "
@@ -205,14 +269,8 @@ class CrossModelEntropy:
         self, prompts: Sequence[Prompt], response_ids: Any, response_masks: Any, policy: Any
     ) -> tuple[list[Int64], list[NDArray[np.bool_]] | None, Float64 | None]:
         """Rows of ids, rows of masks, flat policy log-probs."""
-        if isinstance(prompts, str) or len(prompts) != len(response_ids):
-            raise InputError(
-                f"got {len(prompts)} prompts and {len(response_ids)} responses; expected one "
-                "prompt, a string or a list of messages, for each response"
-            )
-        flat_ids, offsets, sampled = flat_responses(
-            response_ids, response_masks, self.table, self.special_ids, self.eos_ids
-        )
+        require_pairs(prompts, response_ids)
+        flat_ids, offsets, sampled = self.generator.responses(response_ids, response_masks)
         check_environment(flat_ids, offsets, sampled)
         masks = None if sampled.all() else split(sampled, offsets)
         if self.config.baseline == "policy":
@@ -230,3 +288,19 @@ def _n_tokens(response_ids: Any) -> int:
         return sum(map(len, response_ids))
     except TypeError:  # what is wrong with them is said where they are read
         return 0
+
+
+def _timed(function: Callable[..., T], *args: Any) -> tuple[T, float]:
+    """The function's result, and the seconds that it took."""
+    started = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - started
+
+
+async def _without_blocking(
+    n_tokens: int, function: Callable[..., T], *args: Any
+) -> tuple[T, float]:
+    """`_timed`; in a thread, where so many tokens take longer than to wake one."""
+    if n_tokens <= AT_ONCE:
+        return _timed(function, *args)
+    return await asyncio.to_thread(_timed, function, *args)

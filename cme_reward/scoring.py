@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +17,13 @@ from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.format import PROMPTS_KEPT, Prompt, PromptFormat
 from cme_reward.conversation.thinking import starts_with_thought
-from cme_reward.conversation.turns import Segment
+from cme_reward.conversation.turns import Segment, Shown
 from cme_reward.errors import VerifierError
 from cme_reward.spans.table import Encoded, SpanTable
-from cme_reward.spans.utf8 import WHOLE_CHAR
 from cme_reward.verifiers.base import TokenIds, Verifier
-from cme_reward.verifiers.batching import BatchingVerifier
+from cme_reward.verifiers.shared import shared
 
 Float64 = NDArray[np.float64]
-T = TypeVar("T")
-AT_ONCE = 1024
-"""Tokens for which the event loop can wait: about a millisecond."""
 
 
 @dataclass
@@ -54,20 +48,6 @@ class SegmentScores:
     """The verifier's context ended before the segment did."""
     uniform: float
     """Log-prob of a uniform guess, in nats."""
-    verifier_seconds: float
-    """Spent in the verifier, or waiting for it."""
-    own_seconds: float
-    """Spent on everything else."""
-
-
-class Shown(NamedTuple):
-    """The text of a segment as the verifier is to see it."""
-
-    lead: str
-    """White space of the template in front of it."""
-    text: str
-    ends: Int64
-    """Right ends of the generator's tokens in `text`."""
 
 
 @dataclass
@@ -82,8 +62,6 @@ class Question:
     """Verifier ids to be scored: the text, and the end of turn where there is one."""
     with_eos_n: NDArray[np.bool_]
     truncated_n: NDArray[np.bool_]
-    seconds: float
-    """Spent on it."""
 
     @property
     def asked(self) -> list[int]:
@@ -97,7 +75,13 @@ class Question:
 
 
 class MemberScorer:
-    """A verifier with its prompt format and spans."""
+    """One verifier with its prompt format and spans: what to `ask` it, and how to `read` it.
+
+    Asking the verifier lies between the two, where a caller waits as it likes:
+
+        question = member.ask(segments)
+        scores = member.read(question, member.verifier.logprobs(*question.arguments))
+    """
 
     def __init__(self, verifier: Verifier, config: CMEConfig) -> None:
         self.verifier = verifier
@@ -107,34 +91,15 @@ class MemberScorer:
         self.max_length = min(verifier.max_length, config.max_length or verifier.max_length)
         self._rendered: LRU[Int64] = LRU(*PROMPTS_KEPT)
 
-    def score(self, segments: Sequence[Segment]) -> SegmentScores:
-        """Score all segments in one call of the verifier."""
-        question = self.question(segments)
-        started = time.perf_counter()
-        answers = self.verifier.logprobs(*question.arguments)
-        return self.scores(question, answers, time.perf_counter() - started)
-
-    async def score_async(self, segments: Sequence[Segment]) -> SegmentScores:
-        """`score` without blocking the event loop; calls that wait together are merged."""
-        n_tokens = sum(s.stop - s.start for s in segments)
-        question = await without_blocking(n_tokens, self.question, segments)
-        started = time.perf_counter()
-        answers = await self._shared.logprobs_async(*question.arguments)
-        seconds = time.perf_counter() - started
-        return await without_blocking(n_tokens, self.scores, question, answers, seconds)
-
     @cached_property
-    def _shared(self) -> Any:
+    def shared(self) -> Any:
         """The verifier, or a stand-in through which coroutines take turns with it."""
-        if hasattr(self.verifier, "logprobs_async"):
-            return self.verifier
-        return BatchingVerifier(self.verifier)
+        return shared(self.verifier)
 
-    def question(self, segments: Sequence[Segment]) -> Question:
-        """What to ask the verifier about these segments."""
-        started = time.perf_counter()
-        shown = [self._shown(s) for s in segments]
-        encoded = self.table.encode_batch([lead + text for lead, text, _ in shown])
+    def ask(self, segments: Sequence[Segment]) -> Question:
+        """What the verifier is to be asked about these segments."""
+        shown = [s.shown(self.format) for s in segments]
+        encoded = self.table.encode_batch([s.whole for s in shown])
         prompts = self._prompts(segments)
         end_of_turn = self.format.end_of_turn if self.config.eos == "score" else None
         with_eos_n = np.array(
@@ -146,16 +111,14 @@ class MemberScorer:
             room = max(0, self.max_length - len(prompts[k]))
             truncated_n[k] = len(request) > room
             requests.append(request[:room])
-        seconds = time.perf_counter() - started
-        return Question(
-            segments, shown, encoded, prompts, requests, with_eos_n, truncated_n, seconds
-        )
+        return Question(segments, shown, encoded, prompts, requests, with_eos_n, truncated_n)
 
-    def scores(
-        self, question: Question, answers: Sequence[Any], verifier_seconds: float
-    ) -> SegmentScores:
-        """What the verifier's answers, which took so long, say about the segments."""
-        started = time.perf_counter()
+    def read(self, question: Question, answers: Sequence[Any]) -> SegmentScores:
+        """What the verifier's answers say about the segments.
+
+        Raises:
+            VerifierError: for answers that are not the log-probs asked for.
+        """
         segments, shown, encoded = question.segments, question.shown, question.encoded
         with_eos_n, truncated_n = question.with_eos_n, question.truncated_n
         requests, answers = question.requests_n, self._checked(question, answers)
@@ -173,8 +136,8 @@ class MemberScorer:
             aligned_N[position] = answers[k][-1]
         # Tokens that hold nothing but the template's white space are no part of the response.
         own_n = [
-            slice(int(np.count_nonzero(ends_S <= WHOLE_CHAR * len(lead))) if lead else 0, None)
-            for (lead, _, _), ends_S in zip(shown, encoded.ends, strict=True)
+            slice(int(np.count_nonzero(s.within(ends_S) == 0)) if s.lead else 0, None)
+            for s, ends_S in zip(shown, encoded.ends, strict=True)
         ]
         requests = [row[own] for row, own in zip(requests, own_n, strict=True)]
         answers = [row[own] for row, own in zip(answers, own_n, strict=True)]
@@ -188,15 +151,7 @@ class MemberScorer:
             counts_n=np.array([len(logp) for logp in answers], dtype=np.int64),
             truncated_n=truncated_n,
             uniform=-float(np.log(self.verifier.vocab_size)),
-            verifier_seconds=verifier_seconds,
-            own_seconds=question.seconds + time.perf_counter() - started,
         )
-
-    def _shown(self, segment: Segment) -> Shown:
-        if not self.format.is_chat:
-            return Shown("", segment.text, segment.ends)
-        lead = "" if segment.chat_said else self.format.lead
-        return Shown(lead, *segment.as_message())
 
     def _prompts(self, segments: Sequence[Segment]) -> list[Int64]:
         """Prompt ids of each segment; rollouts of one prompt share one rendering."""
@@ -218,8 +173,7 @@ class MemberScorer:
     def _render(self, prompt: Prompt, said: str, prefill: bool) -> Int64:
         ids = np.array(self.format.render(prompt, prefill=prefill), dtype=np.int64)
         if said:
-            lead = self.format.lead if self.format.is_chat else ""
-            ids = np.concatenate([ids, self.table.encode(lead + said)[0]])
+            ids = np.concatenate([ids, self.table.encode(self.format.lead + said)[0]])
         return ids
 
     def _checked(self, question: Question, answers: Sequence[Any]) -> list[Float64]:
@@ -247,13 +201,6 @@ class MemberScorer:
         return logprobs
 
 
-async def without_blocking(n_tokens: int, function: Callable[..., T], *args: Any) -> T:
-    """The function's result; in a thread, where so many tokens take longer than to wake one."""
-    if n_tokens <= AT_ONCE:
-        return function(*args)
-    return await asyncio.to_thread(function, *args)
-
-
 def _place(
     shown: list[Shown],
     encoded: Encoded,
@@ -262,12 +209,10 @@ def _place(
 ) -> tuple[list[Float64], list[NDArray[np.bool_]], list[Float64]]:
     """Log-probs on each segment's generator tokens; whether these are covered; their shares."""
     logprobs, verifier_ends, covered, shares = [], [], [], []
-    for (lead, _, ends_T), ends_S, holes, answer, truncated in zip(
+    for own, ends_S, holes, answer, truncated in zip(
         shown, encoded.ends, encoded.holes, answers, truncated_n, strict=True
     ):
-        if lead:
-            ends_S = np.maximum(ends_S - WHOLE_CHAR * len(lead), 0)
-            holes = np.maximum(holes - WHOLE_CHAR * len(lead), 0)
+        ends_T, ends_S, holes = own.ends, own.within(ends_S), own.within(holes)
         n = min(len(ends_S), len(answer))  # the end of turn has no text
         scored_to = ends_S[:n][-1:].sum() if truncated else ends_T[-1:].sum()
         share_T = _shares(ends_T, holes, scored_to)
@@ -279,8 +224,7 @@ def _place(
         verifier_ends.append(ends_S)
         covered.append(covered_T)
         shares.append(share_T)
-    ends = [ends_T for _, _, ends_T in shown]
-    return align_batch(logprobs, verifier_ends, ends), covered, shares
+    return align_batch(logprobs, verifier_ends, [own.ends for own in shown]), covered, shares
 
 
 def _with_holes(logp_S: Float64, ends_S: Int64, holes: Int64) -> tuple[Float64, Int64]:

@@ -472,7 +472,8 @@ def run(seed: int, n_cases: int) -> dict[str, Any]:
     cme = CrossModelEntropy(verifier, chat_tokenizer(name), config)  # type: ignore[arg-type]
     tokenizer = chat_tokenizer(name)
     prefill = "<think>\n" if name.startswith(("thinks", "trl:deepseekv3")) else ""
-    inner = [i for i in cme.special_ids.tolist() if i not in set(cme.eos_ids.tolist())]
+    generator = cme.generator
+    inner = np.setdiff1d(generator.special_ids, generator.eos_ids).tolist()
     setup = f"{name} -> {'+'.join(verifiers)}, {config}"
     counts: Counter[str] = Counter()
     complaints: list[str] = []

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from stubs import TableVerifier, logprob_of
 
 from cme_reward import CMEConfig, CrossModelEntropy, Ensemble, InputError, SpanTable
-from cme_reward.conversation.turns import split_turns
 from cme_reward.spans.utf8 import WHOLE_CHAR
 
 POLICY = CMEConfig(baseline="policy")
@@ -91,14 +90,12 @@ def naive(
     """Sequence and token rewards (all tokens, none masked), twelfth by twelfth of a character."""
     masks = [np.array(mask, dtype=bool)]
     arrays = [np.array(ids)]
-    segments = split_turns([prompt], arrays, masks, cme.table, cme.reader, cme.eos_ids)
+    segments = cme.generator.segments([prompt], arrays, masks)
     sequence, tokens = Fraction(0), [Fraction(0)] * len(ids)
     for member in cme.members:
         own, theirs, count = Fraction(0), Fraction(0), 0
-        for s, prompt_ids in zip(segments, member._prompts(segments), strict=True):
-            chat = member.format.is_chat
-            text, ends = s.as_message() if chat else (s.text, s.ends)
-            lead = member.format.lead if chat and not s.chat_said else ""
+        for s, prompt_ids in zip(segments, member.ask(segments).prompts_n, strict=True):
+            lead, text, ends = s.shown(member.format)
             shown = member.table.encode(lead + text)
             written = cells(shown[1])
             holes = member.table.encode_batch([lead + text]).holes[0].tolist()
@@ -149,7 +146,7 @@ def test_both_sums_are_over_the_same_text(data: st.DataObject) -> None:
         for name in data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3))
     ]
     cme = CrossModelEntropy(Ensemble(members), generator, config)
-    cme._warned = True
+    cme.warns = False
     text = data.draw(st.sampled_from([t[:40] for t in TEXTS]))
     ids = cme.table.encode(text)[0].tolist()
     ids = ids[data.draw(st.integers(0, 3)) :]

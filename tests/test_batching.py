@@ -19,7 +19,7 @@ from fake_engines import FakeEngine
 from stubs import TableVerifier, logprob_of
 
 from cme_reward import CMEBatch, CMEConfig, ConfigError, CrossModelEntropy, VerifierError
-from cme_reward.scoring import AT_ONCE
+from cme_reward.reward import AT_ONCE
 from cme_reward.verifiers import Ensemble, load_verifier
 from cme_reward.verifiers.base import TokenIds
 from cme_reward.verifiers.batching import BatchingVerifier
@@ -293,7 +293,7 @@ def test_rollouts_are_scored_while_others_are_generated() -> None:
             others.append(asyncio.create_task(cme.score_async([prompts[k]], [ids[k]])))
             await asyncio.sleep(0)
         assert not first.done()
-        shared = cme.members[0]._shared
+        shared = cme.members[0].shared
         await asyncio.to_thread(until, waits(shared, len(others)))
         inner.gate.set()
         return await asyncio.gather(first, *others)
@@ -310,7 +310,7 @@ def test_only_long_responses_are_worth_a_thread(monkeypatch: pytest.MonkeyPatch)
     cme = CrossModelEntropy(inner, inner.tokenizer)
     member, here = cme.members[0], threading.get_ident()
     seen: list[bool] = []
-    for owner, name in ((cme, "_prepared"), (member, "question"), (member, "scores"),
+    for owner, name in ((cme, "_prepared"), (member, "ask"), (member, "read"),
                         (cme, "_finished")):  # fmt: skip
         original = getattr(owner, name)
         monkeypatch.setattr(
@@ -336,7 +336,7 @@ def test_an_endpoint_is_asked_directly() -> None:
     ):
         cme = CrossModelEntropy(verifier, tokenizer)
         assert_same_rewards(one_by_one(cme, prompts, ids), cme(prompts, ids), atol=1e-6)
-        assert cme.members[0]._shared is verifier
+        assert cme.members[0].shared is verifier
 
 
 def test_an_error_reaches_the_one_who_asked() -> None:

@@ -134,7 +134,7 @@ def test_messages_come_out_as_they_were(name: str) -> None:
     # A model's own stops, which a trainer knows: GLM's are the headers of those who speak next.
     ends = {i for found in ways.values() for form in found.values() for i in form.sampled}
     cme = CrossModelEntropy(stub, tokenizer, eos_token_ids=ends)
-    prefill = cme.reader.prefill.text
+    prefill = cme.generator.reader.prefill.text
     said, again = (cme.table.encode(text)[0].tolist() for text in (SAID, "B two."))
     wrong, n_read = [], 0
     for case, observations in cases(name).items():
@@ -252,7 +252,7 @@ def test_a_closed_turn_stays_closed_without_an_observation() -> None:
         cme = CrossModelEntropy(stub, tokenizer)
         first, again = (cme.table.encode(text)[0].tolist() for text in ("One.", "Two."))
         nothing = tokenizer.encode(ids_of_nothing, add_special_tokens=False)
-        end = [int(cme.eos_ids[0])]
+        end = [int(cme.generator.eos_ids[0])]
         mask = [1] * (len(first) + 1) + [0] * len(nothing) + [1] * len(again)
         cme(["What?"], [[*first, *end, *nothing, *again]], [mask])
         assert verifier.decode(stub.prompts[-1]) == (

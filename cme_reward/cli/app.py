@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cme_reward.cli import flags
 from cme_reward.cli.serve import serve
 from cme_reward.cli.terminal import (
     busy,
@@ -38,8 +39,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 main = app  # the entry point of the package
-_models = partial(typer.Option, rich_help_panel="Models")
-_reward = partial(typer.Option, rich_help_panel="Reward")
 _output = partial(typer.Option, rich_help_panel="Output")
 
 
@@ -77,7 +76,7 @@ def score(
     ],
     verifier: Annotated[
         str,
-        _models(
+        flags.models(
             metavar="SPEC",
             help="Who judges. `embedded`: a small model that comes with this package, "
             "for trying things out. `hf:NAME_OR_PATH`: a causal language model of "
@@ -87,51 +86,26 @@ def score(
     ] = "embedded",
     generator_tokenizer: Annotated[
         str | None,
-        _models(
+        flags.models(
             metavar="NAME_OR_PATH",
             show_default="the verifier's own",
             help="Tokenizer of the model that wrote the responses: its tokens get the rewards. "
             "Needed for response_ids.",
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        _models(
-            metavar="NAME",
-            show_default="a GPU if there is one",
-            help="Where the verifier runs, such as cpu or cuda:1.",
-        ),
-    ] = None,
-    verifier_options: Annotated[
-        list[str] | None,
-        _models(
-            "--verifier-option",
-            metavar="KEY=VALUE",
-            help="An option of load_verifier, such as dtype=bfloat16, or tokenizer=NAME_OR_PATH "
-            "for a server; may be repeated.",
-        ),
-    ] = None,
+    padded_vocabulary: flags.PaddedVocabulary = False,
+    device: flags.Device = None,
+    verifier_options: flags.VerifierOptions = None,
     append_eos: Annotated[
         bool,
-        _reward(
+        flags.reward(
             "--append-eos",
             help="Score the end of responses, too, where they are given as text: their writers "
             "stopped there by themselves. (A text has no token for that, response_ids do.)",
         ),
     ] = False,
-    settings: Annotated[
-        list[str] | None,
-        _reward(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A setting of CMEConfig, such as whitespace=keep, eos=mask or "
-            "system_prompt='Be brief.'; may be repeated. An unknown key lists them all.",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        _reward(metavar="FILE.yaml", help="Settings from a file; --set has the last word."),
-    ] = None,
+    settings: flags.Settings = None,
+    config: flags.ConfigFile = None,
     output: Annotated[
         str,
         _output(
@@ -199,7 +173,6 @@ def score(
     err = stderr()
     with clean_errors(err, output), ExitStack() as stack:
         from cme_reward.cli.options import configuration, make_scorer
-        from cme_reward.loading import end_of_turn
 
         settled = configuration(config, settings or [])
         if html is not None and not html.resolve().parent.is_dir():
@@ -208,14 +181,21 @@ def score(
         sink = stack.enter_context(open_output(output, html is not None or show > 0, err))
         with busy(err, quiet, f"Loading {verifier}"):
             scorer = make_scorer(
-                verifier, generator_tokenizer, device, settled, verifier_options or []
+                verifier,
+                generator_tokenizer,
+                device,
+                settled,
+                verifier_options or [],
+                padded_vocabulary=padded_vocabulary,
             )
         from cme_reward.cli import jsonl
         from cme_reward.cli.score import as_view, dump, score_rows, summary, write_html
 
         vocab_size = None if generator_tokenizer is None else scorer.table.vocab_size
+        if padded_vocabulary and generator_tokenizer is not None:
+            vocab_size = 2**63
         rows = jsonl.read_rows(source, vocab_size, needs_policy=settled.baseline == "policy")
-        eos_id = end_of_turn(scorer) if append_eos else None
+        eos_id = scorer.generator.end_of_turn if append_eos else None
         counts: Counter[str] = Counter()
         views: list[ResponseView] = []
         reward_sum, started = 0.0, time.perf_counter()

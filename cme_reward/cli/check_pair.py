@@ -12,12 +12,10 @@ from jinja2.exceptions import TemplateError
 
 from cme_reward.cli.pair_texts import CUT_SHORT, SAMPLES
 from cme_reward.conversation.format import PromptFormat
-from cme_reward.conversation.turns import split_turns
 from cme_reward.errors import CMEError, TokenizerError
 from cme_reward.reward import CrossModelEntropy
-from cme_reward.spans.pieces import require_fast, special_ids
+from cme_reward.spans.pieces import require_fast
 from cme_reward.spans.table import UNFINISHED, SpanTable
-from cme_reward.spans.utf8 import WHOLE_CHAR
 
 PROMPT = "Hello."
 RANDOM_ROWS, RANDOM_LENGTH = 4, 40
@@ -205,7 +203,7 @@ def _sample_ids(scorer: CrossModelEntropy) -> Iterator[tuple[str, str | None, li
         cut.pop()
     if cut:  # otherwise the generator has no tokens for parts of characters
         yield "cut off character", None, cut
-    special = set(special_ids(scorer.generator_tokenizer).tolist())
+    special = set(scorer.generator.special_ids.tolist())
     plain = [i for i in range(scorer.table.vocab_size) if i not in special]
     rng = np.random.default_rng(0)
     for k in range(RANDOM_ROWS):
@@ -219,12 +217,13 @@ def _check_sample(
     batch = scorer([PROMPT], [ids])
     member = scorer.members[0]
     rows = [np.array(ids, dtype=np.int64)]
-    segments = split_turns([PROMPT], rows, None, scorer.table, scorer.reader, scorer.eos_ids)
-    scores = member.score(segments)  # once more, for float64
+    (segment,) = scorer.generator.segments([PROMPT], rows, None)
+    question = member.ask([segment])  # once more, for float64
+    scores = member.read(question, member.verifier.logprobs(*question.arguments))
     verifier_ids, logprobs_S = scores.verifier_tokens_n[0]
-    lead = member.format.lead  # of the chat template, and not of the response
-    shown = lead + (segments[0].as_message()[0] if member.format.is_chat else segments[0].text)
-    ends_S = np.maximum(member.table.encode(shown)[1] - WHOLE_CHAR * len(lead), 0)
+    seen = segment.shown(member.format)
+    shown = seen.whole
+    ends_S = seen.within(member.table.encode(shown)[1])
     expected = float(logprobs_S[np.diff(ends_S, prepend=0) > 0].sum())
     read = member.table.decode(verifier_ids)[0]
     if not shown.startswith(" "):
@@ -237,7 +236,7 @@ def _check_sample(
         rewarded=float(batch.mask.float().mean()),
         dropped=float(batch.dropped_nats[0]) / max(n_tokens, 1),
         conservation_error=abs(float(scores.aligned_N.sum()) - expected) / max(-expected, 1),
-        generator_round_trip=text is None or segments[0].text == text,
+        generator_round_trip=text is None or segment.text == text,
         verifier_round_trip=read == shown,
     )
     sample.exact = read == shown and covered == 1 and sample.conservation_error <= EXACT
@@ -248,7 +247,7 @@ def _check_sample(
     if sample.conservation_error > EXACT:
         sample.notes.append(f"{sample.conservation_error:.2g} of the log-prob is lost")
     if text is not None and not sample.generator_round_trip:
-        sample.notes.append(f"the generator {_change(text, segments[0].text)}")
+        sample.notes.append(f"the generator {_change(text, segment.text)}")
     return sample, verifier_ids.tolist()
 
 

@@ -66,14 +66,19 @@ def make_scorer(
     device: str | None,
     config: CMEConfig,
     settings: Sequence[str] = (),
+    *,
+    padded_vocabulary: bool = False,
 ) -> CrossModelEntropy:
     from cme_reward.reward import CrossModelEntropy
-    from cme_reward.verifiers import Ensemble, load_verifier
+    from cme_reward.verifiers import load_verifier
 
     options = verifier_options(device, settings)
     silence()
     # First: a wrong name is noticed before minutes of loading weights.
     tokenizer = load_tokenizer(generator_tokenizer) if generator_tokenizer else None
-    model = load_verifier(verifier, **options)
-    first = model.members[0] if isinstance(model, Ensemble) else model
-    return CrossModelEntropy(model, tokenizer or first.tokenizer, config)
+    return CrossModelEntropy(
+        load_verifier(verifier, **options),
+        tokenizer,
+        config,
+        padded_vocabulary=padded_vocabulary,
+    )

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import os
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cme_reward.cli import flags
 from cme_reward.cli.terminal import busy, clean_errors, stderr
 from cme_reward.errors import ConfigError
 
-_models = partial(typer.Option, rich_help_panel="Models")
-_reward = partial(typer.Option, rich_help_panel="Reward")
 _network = partial(typer.Option, rich_help_panel="Network")
 _limits = partial(typer.Option, rich_help_panel="Limits")
 
@@ -22,7 +20,7 @@ _limits = partial(typer.Option, rich_help_panel="Limits")
 def serve(
     verifier: Annotated[
         str,
-        _models(
+        flags.models(
             metavar="SPEC",
             help="Who judges: embedded, hf:NAME_OR_PATH, vllm:URL, sglang:URL, or several joined "
             "by +. Code that comes with a model is not run.",
@@ -30,36 +28,17 @@ def serve(
     ],
     generator_tokenizer: Annotated[
         str,
-        _models(
+        flags.models(
             metavar="NAME_OR_PATH",
             help="Tokenizer of the model that writes the responses. Its chat template is the one "
             "in which OpenRLHF's prompts come.",
         ),
     ],
-    device: Annotated[
-        str | None,
-        _models(
-            metavar="NAME",
-            show_default="a GPU if there is one",
-            help="Where the verifier runs, such as cpu or cuda:1.",
-        ),
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        _models(
-            "--verifier-option",
-            metavar="KEY=VALUE",
-            help="An option of load_verifier, such as dtype=bfloat16; may be repeated.",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        _reward("--set", metavar="KEY=VALUE", help="A setting of CMEConfig; may be repeated."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        _reward(metavar="FILE.yaml", help="Settings from a file; --set has the last word."),
-    ] = None,
+    padded_vocabulary: flags.PaddedVocabulary = False,
+    device: flags.Device = None,
+    options: flags.VerifierOptions = None,
+    settings: flags.Settings = None,
+    config: flags.ConfigFile = None,
     host: Annotated[
         str, _network(help="Address to listen on. Others than this machine's own need a token.")
     ] = "127.0.0.1",
@@ -116,7 +95,6 @@ def serve(
     with clean_errors(err):
         from cme_reward.cli.options import configuration, verifier_options
         from cme_reward.loading import load_tokenizer, silence
-        from cme_reward.server.run import in_a_passing_thread
         from cme_reward.server.settings import TOKEN_VARIABLE, ServerSettings, check_host
         from cme_reward.verifiers.batching import check_linger
 
@@ -138,7 +116,7 @@ def serve(
         check_host(host, limits.token, allow_anonymous)
         try:
             from cme_reward.server import create_app
-            from cme_reward.server.run import bind, run
+            from cme_reward.server.run import bind, in_a_passing_thread, run
         except ModuleNotFoundError as error:
             if error.name not in ("fastapi", "uvicorn", "h11", "prometheus_client"):
                 raise
@@ -159,6 +137,7 @@ def serve(
                 limits,
                 max_batch_tokens=max_batch_tokens,
                 linger_seconds=linger,
+                padded_vocabulary=padded_vocabulary,
             )
             status = run(app, bound, limits)
     raise typer.Exit(status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cme_reward._ragged import Int64, row_offsets, split
-from cme_reward._rows import flat_like, flat_responses, pad
+from cme_reward._ragged import Int64, flat_like, pad, place_of, require_pairs, row_offsets, split
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators.policy import PolicyStatistics
 from cme_reward.config import CMEConfig
-from cme_reward.conversation.format import Prompt, end_ids
+from cme_reward.conversation.messages import Prompt
 from cme_reward.errors import ConfigError, InputError
-from cme_reward.metrics import length_correlation, repetition
-from cme_reward.spans.pieces import special_ids
+from cme_reward.generator import Generator
+from cme_reward.metrics import length_correlation, mean, repetition, spread
 from cme_reward.spans.table import SpanTable
 
 Float64 = NDArray[np.float64]
@@ -106,21 +105,20 @@ class Comparator:
                 f"per_token=True: {self.name} is a judgement of whole responses, without parts "
                 "that belong to tokens; leave per_token out"
             )
-        self.generator_tokenizer = generator_tokenizer
-        self.table = SpanTable(generator_tokenizer)
-        self.special_ids = special_ids(generator_tokenizer)
-        self.eos_ids = end_ids(generator_tokenizer, eos_token_ids)
+        self.generator = Generator(generator_tokenizer, config, eos_token_ids=eos_token_ids)
         self.per_token = per_token
         self.config = replace(config, level="token" if per_token else "sequence")
 
-    def for_generator(
-        self, *, eos_token_ids: Iterable[int] = (), template_kwargs: Mapping[str, Any] | None = None
-    ) -> Comparator:
-        """The same reward, for a generator that also stops at these ids; it reads no template."""
+    def for_generator(self, **known: Any) -> Comparator:
+        """The same reward, for what more is known of the generator: see `CrossModelEntropy`."""
         other = copy.copy(self)
-        ends = [*self.eos_ids.tolist(), *eos_token_ids]
-        other.eos_ids = end_ids(self.generator_tokenizer, ends)
+        other.generator = self.generator.extended(**known)
         return other
+
+    @property
+    def table(self) -> SpanTable:
+        """The spans of the sampler's tokens."""
+        return self.generator.table
 
     def __call__(
         self,
@@ -149,14 +147,8 @@ class Comparator:
                 that the reward needs is missing or not finite.
         """
         started = time.perf_counter()
-        if isinstance(prompts, str) or len(prompts) != len(response_ids):
-            raise InputError(
-                f"got {len(prompts)} prompts and {len(response_ids)} responses; expected one "
-                "prompt, a string or a list of messages, for each response"
-            )
-        flat, offsets, sampled_N = flat_responses(
-            response_ids, response_masks, self.table, self.special_ids, self.eos_ids
-        )
+        require_pairs(prompts, response_ids)
+        flat, offsets, sampled_N = self.generator.responses(response_ids, response_masks)
         given = policy_statistics or PolicyStatistics()
         if policy_logprobs is not None:
             given = replace(given, logprobs=policy_logprobs)
@@ -191,9 +183,9 @@ class Comparator:
             )
         values_N = flat_like(rows, offsets, f"policy_statistics.{name}").astype(np.float64)
         for n in np.flatnonzero(~np.isfinite(values_N) & sampled_N)[:1]:
-            b = int(np.searchsorted(offsets, n, side="right")) - 1
+            b, position = place_of(n, offsets)
             raise InputError(
-                f"policy_statistics.{name} of response {b}, token {n - offsets[b]} is "
+                f"policy_statistics.{name} of response {b}, token {position} is "
                 f"{values_N[n]}; expected a finite number"
             )
         return values_N
@@ -204,10 +196,10 @@ class Comparator:
         metrics = {}
         if token_N is not None:
             scored = token_N[call.sampled_N]
-            metrics["token_reward_mean"] = float(scored.mean()) if len(scored) else 0.0
-            metrics["token_reward_std"] = float(scored.std(ddof=1)) if len(scored) > 1 else 0.0
+            metrics["token_reward_mean"] = mean(scored)
+            metrics["token_reward_std"] = spread(scored)
         metrics |= {
-            "sequence_reward_mean": float(sequence_B.mean()) if len(sequence_B) else 0.0,
+            "sequence_reward_mean": mean(sequence_B),
             "truncated": 0.0,
             "repetition": repetition(call.sampled_ids),
             "length_correlation": length_correlation(sequence_B, counts.astype(np.float64)),

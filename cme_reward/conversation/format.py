@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from cme_reward._keys import prompt_key
 from cme_reward._lru import LRU
-from cme_reward._ragged import Int64
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.literal import Change, encode_literally, special_names
 from cme_reward.conversation.markup import find_prefill
@@ -26,7 +23,6 @@ from cme_reward.conversation.messages import (
     with_texts,
 )
 from cme_reward.errors import InputError
-from cme_reward.spans.pieces import special_ids
 
 PROMPTS_KEPT = 2048, 2**24
 """Most prompts that are remembered, as many as are in the works at a time, and characters."""
@@ -215,13 +211,6 @@ class PromptFormat:
 def _refused(messages: Sequence[Message], error: Exception) -> str:
     roles = [message["role"] for message in messages]
     return f"refuses a conversation of roles {roles}: {error}"
-
-
-def end_ids(tokenizer: Any, eos_token_ids: Iterable[int] = ()) -> Int64:
-    """Special tokens with which a generator ends a response, sorted: its EOS, the token that its
-    chat template writes after an assistant message, and those given."""
-    ends = {tokenizer.eos_token_id, PromptFormat(tokenizer).end_of_turn, *eos_token_ids} - {None}
-    return np.intersect1d(np.array(sorted(ends), dtype=np.int64), special_ids(tokenizer))
 
 
 def _example() -> list[Message]:

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cme_reward._ragged import Int64
-from cme_reward._rows import PADDING
+from cme_reward._ragged import PADDING, Int64, place_of
 from cme_reward.conversation.environment import EnvironmentReader
-from cme_reward.conversation.format import Message, Prompt, as_messages
+from cme_reward.conversation.format import PromptFormat
+from cme_reward.conversation.messages import Message, Prompt, as_messages
 from cme_reward.conversation.thinking import Piece, Split, split_thoughts
+from cme_reward.errors import InputError
 from cme_reward.spans.kinds import NO_TEXT, THOUGHT, UNFINISHED, kinds_of
 from cme_reward.spans.table import SpanTable
 from cme_reward.spans.utf8 import WHOLE_CHAR
@@ -26,6 +27,25 @@ class Thinking(NamedTuple):
     tags: tuple[str, str] = ("<think>", "</think>")
     tag_ids: Mapping[int, bool] = {}
     """Special tokens that are tags and write no text, and whether they open."""
+
+
+class Shown(NamedTuple):
+    """The text of a segment as a verifier sees it."""
+
+    lead: str
+    """White space that the verifier's template writes in front of an answer."""
+    text: str
+    ends: Int64
+    """Right ends of the generator's tokens in `text`."""
+
+    @property
+    def whole(self) -> str:
+        """What the verifier's tokenizer reads."""
+        return self.lead + self.text
+
+    def within(self, positions: Int64) -> Int64:
+        """Positions in `whole` as positions in `text`: 0 for those in front of it."""
+        return np.maximum(positions - WHOLE_CHAR * len(self.lead), 0) if self.lead else positions
 
 
 @dataclass
@@ -68,6 +88,12 @@ class Segment:
         if self.chat_said or not self.dummy_space:
             return self.text, self.ends
         return self.text[1:], np.maximum(self.ends - WHOLE_CHAR, 0)
+
+    def shown(self, style: PromptFormat) -> Shown:
+        """As a verifier that is prompted so sees it."""
+        if not style.is_chat:
+            return Shown("", self.text, self.ends)
+        return Shown("" if self.chat_said else style.lead, *self.as_message())
 
 
 @dataclass
@@ -129,6 +155,19 @@ def split_turns(
         turns = _turns(row, parts, prefill, reader)
         segments += _segments(b, prompts[b], turns, thinking, dummy=table.dummy_prefix)
     return segments
+
+
+def check_environment(flat: Int64, offsets: Int64, sampled: NDArray[np.bool_]) -> None:
+    """Raise `InputError` for padding between sampled tokens, where an environment's words are."""
+    for at in np.flatnonzero(flat == PADDING):
+        b, position = place_of(at, offsets)
+        row = sampled[offsets[b] : offsets[b + 1]]
+        if row[:position].any() and row[position:].any():
+            raise InputError(
+                f"response {b}, position {position} has mask 0, is not in the vocabulary, and lies "
+                "between sampled tokens: what an environment wrote there is shown to the verifier. "
+                "Expected its ids; -100 and the like can stand before and after what was sampled"
+            )
 
 
 def _turns(

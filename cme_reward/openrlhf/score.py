@@ -13,19 +13,21 @@ from cme_reward.batch import CMEBatch
 from cme_reward.conversation.format import Prompt
 from cme_reward.conversation.rendered import RenderedReader, messages_from_label
 from cme_reward.errors import ConfigError
+from cme_reward.metrics import names
 from cme_reward.openrlhf.checks import KEY
 from cme_reward.openrlhf.settings import Settings
 from cme_reward.reward import CrossModelEntropy
-from cme_reward.spans.pieces import special_ids
 
 _NEAREST = 1e-6
-_BATCH_ONLY = ("length_correlation", "sequence_reward_mean", "token_reward_std")
+_LOGGED = (*names("tokens", "mean", "sum"), "verifier_seconds", "alignment_seconds")
 
 
 def make_scorer(settings: Settings, verifier: Any, tokenizer: Any) -> CrossModelEntropy:
     """The reward for a policy with this tokenizer, which ends where vLLM stops it."""
     stops = _stop_ids(tokenizer.name_or_path)
-    return CrossModelEntropy(verifier, tokenizer, settings.config, eos_token_ids=stops)
+    return CrossModelEntropy(
+        verifier, tokenizer, settings.config, eos_token_ids=stops, padded_vocabulary=True
+    )
 
 
 def prompt_of(reader: RenderedReader, rendered: str, label: Any) -> Prompt:
@@ -46,8 +48,8 @@ def in_unit_interval(sequence_reward: float) -> float:
 def metrics_of(batch: CMEBatch) -> dict[str, float]:
     """The metrics that mean something for a single response, as OpenRLHF averages them."""
     sequence = float(batch.sequence_rewards.mean()) if len(batch.sequence_rewards) else 0.0
-    kept = {k: float(v) for k, v in batch.metrics.items() if k not in _BATCH_ONLY}
-    return {"cme/sequence_reward": sequence, **{f"cme/{k}": v for k, v in kept.items()}}
+    kept = {f"cme/{name}": float(batch.metrics[name]) for name in _LOGGED}
+    return {"cme/sequence_reward": sequence, **kept}
 
 
 class Actions(NamedTuple):
@@ -103,13 +105,8 @@ async def score_rollout(
             "them with --algo.advantage.is_correction_level token (or seq), "
             "--algo.advantage.is_correction_enable or --enable_vllm_is_correction, by version"
         )
-    known = [i < scorer.table.vocab_size for i in ids]
-    if not all(known):  # models pad their vocabulary: such an id has no text and is not scored
-        blank = _blank(scorer)
-        ids = [i if k else blank for i, k in zip(ids, known, strict=True)]
-        sampled = [s and k for s, k in zip(sampled, known, strict=True)]
     # Between two such turns an end that nobody sampled tells that the first one is over.
-    at = [k for k in joints if ids[k - 1] in scorer.eos_ids]
+    at = [k for k in joints if ids[k - 1] in scorer.generator.eos_ids]
     own = np.insert(np.ones(len(ids), dtype=bool), at, False)
     eos = scorer.generator_tokenizer.eos_token_id
     ends = [ids[k - 1] if eos is None else eos for k in at]
@@ -131,15 +128,6 @@ async def score_rollout(
     # The axis of actions: entry a is about token a + 1.
     output["extra_logs"] = logs | metrics_of(batch) | {KEY: row[1:].tolist()}
     return output
-
-
-def _blank(scorer: CrossModelEntropy) -> int:
-    """A token without text or meaning, to stand for one that the tokenizer does not have."""
-    tokenizer = scorer.generator_tokenizer
-    named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "unk", "bos", "eos")]
-    usable = [i for i in named if i in special_ids(tokenizer)]
-    usable.sort(key=lambda i: i in scorer.eos_ids)  # rather none that ends a turn
-    return int([*usable, *special_ids(tokenizer)][0])
 
 
 def _stop_ids(name: str) -> list[int]:

@@ -12,7 +12,7 @@ from cme_reward.errors import VerifierError
 from cme_reward.openrlhf.settings import Settings
 from cme_reward.verifiers import Ensemble, Verifier, load_verifier, split_spec
 from cme_reward.verifiers.base import TokenIds
-from cme_reward.verifiers.batching import BatchingVerifier
+from cme_reward.verifiers.shared import shared
 
 SERVERS = ("vllm", "sglang")
 
@@ -36,7 +36,7 @@ def _open(spec: str, settings: Settings) -> Verifier:
         return _single(spec, options)
     if settings.verifier_placement == "shared" and _in_ray():
         return SharedVerifier(spec, options, settings.verifier_gpus, settings.verifier_wait)
-    return BatchingVerifier(_single(spec, options))
+    return shared(_single(spec, options))
 
 
 def _single(spec: str, options: dict[str, Any]) -> Verifier:
@@ -57,7 +57,7 @@ class VerifierHost:
     """What runs in the shared Ray actor: one verifier, the calls of all processes merged."""
 
     def __init__(self, spec: str, options: dict[str, Any]) -> None:
-        self.verifier = BatchingVerifier(_single(spec, options))
+        self.verifier = shared(_single(spec, options))
 
     async def facts(self) -> dict[str, Any]:
         """What a caller has to know to ask."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import numpy as np
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -19,7 +19,6 @@ from prometheus_client import (
 )
 
 from cme_reward.batch import CMEBatch
-from cme_reward.verifiers.base import Closes, TokenIds, Verifier, close
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SIZES = tuple(2**k for k in range(13))
@@ -84,27 +83,12 @@ class ServerMetrics:
         for reward in batch.sequence_rewards.tolist():
             self.rewards.observe(-reward)
 
-
-class MeteredVerifier(Closes):
-    """A verifier whose calls are counted."""
-
-    def __init__(self, verifier: Verifier, metrics: ServerMetrics) -> None:
-        self.verifier = verifier
-        self.metrics = metrics
-        self.name = verifier.name
-        self.tokenizer = verifier.tokenizer
-        self.max_length = verifier.max_length
-        self.vocab_size = verifier.vocab_size
-
-    def logprobs(
-        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
-    ) -> list[np.ndarray]:
-        self.metrics.batch.observe(len(responses))
+    @contextmanager
+    def verifier_call(self, n_responses: int) -> Iterator[None]:
+        """Around one call of the verifier."""
+        self.batch.observe(n_responses)
         started = time.perf_counter()
         try:
-            return self.verifier.logprobs(prompts, responses)
+            yield
         finally:
-            self.metrics.verifier_seconds.observe(time.perf_counter() - started)
-
-    def close(self) -> None:
-        close(self.verifier)
+            self.verifier_seconds.observe(time.perf_counter() - started)

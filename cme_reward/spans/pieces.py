@@ -213,11 +213,11 @@ def _tabulate(pieces: list[bytes], is_byte: NDArray[np.bool_], *, by_bytes: bool
     return Pieces(blob, starts, width, kind, whole, is_byte, by_bytes)
 
 
-def with_pieces(table: Pieces, named: dict[int, bytes]) -> Pieces:
-    """The table in which these ids write something else."""
+def with_pieces(table: Pieces, named: dict[int, bytes], *, padded: bool = False) -> Pieces:
+    """The table in which these ids write something else, and one beyond the last writes nothing."""
     blob, bounds = table.blob.tobytes(), table.starts.tolist()
-    pieces = [blob[i:j] for i, j in pairwise(bounds)]
-    is_byte = table.is_byte.copy()
+    pieces = [blob[i:j] for i, j in pairwise(bounds)] + [b""] * padded
+    is_byte = np.append(table.is_byte, np.zeros(int(padded), dtype=bool))
     for i, piece in named.items():
         pieces[i], is_byte[i] = piece, False
     return _tabulate(pieces, is_byte, by_bytes=table.by_bytes)

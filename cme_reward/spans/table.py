@@ -8,6 +8,7 @@ text tile it: token t covers `[ends[t - 1], ends[t])`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -95,27 +96,29 @@ class SpanTable:
     Args:
         tokenizer: a fast tokenizer of transformers.
         shown: special tokens that write their names; others write nothing.
+        padded: `vocab_size` stands for an id that the tokenizer lacks, and writes nothing.
 
     Raises:
         TokenizerError: if the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, shown: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, shown: Sequence[int] = (), *, padded: bool = False) -> None:
         self.tokenizer = tokenizer
         self.shown = tuple(shown)
+        self.padded = padded
         self.vocab_size, _, self._backend, self._pieces = _tables(tokenizer)
-        if shown and self._pieces is not None:
+        if (shown or padded) and self._pieces is not None:
             names = tokenizer.convert_ids_to_tokens(list(shown))
             named = {i: str(name).encode() for i, name in zip(shown, names, strict=True)}
-            self._pieces = with_pieces(self._pieces, named)
+            self._pieces = with_pieces(self._pieces, named, padded=padded)
         # Does the tokenizer write a space before a text of its own that decode takes away again?
         self.dummy_prefix = (
             self._backend.encode("a", add_special_tokens=False).ids
             != tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
         )
 
-    def __reduce__(self) -> tuple[type[SpanTable], tuple[Any, tuple[int, ...]]]:
-        return SpanTable, (self.tokenizer, self.shown)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return partial(SpanTable, padded=self.padded), (self.tokenizer, self.shown)
 
     def __repr__(self) -> str:
         return f"SpanTable({getattr(self.tokenizer, 'name_or_path', '')!r})"
@@ -157,7 +160,7 @@ class SpanTable:
             InputError: for an id outside the vocabulary, naming the response and position.
             TokenizerError: if this tokenizer's decode cannot be split into tokens exactly.
         """
-        ids, offsets = flatten_ids(batch, self.vocab_size, "response")
+        ids, offsets = flatten_ids(batch, self.vocab_size + self.padded, "response")
         if self._pieces is None:
             return self._decode_incrementally(ids, offsets)
         pieces = self._pieces
@@ -231,7 +234,8 @@ class SpanTable:
 
     def _decode_incrementally(self, ids: Int64, offsets: Int64) -> Decoded:
         decoded = Decoded([], [], [])
-        special = np.setdiff1d(special_ids(self.tokenizer), self.shown)
+        textless = np.append(special_ids(self.tokenizer), self.vocab_size)
+        special = np.setdiff1d(textless, self.shown)
         for row in split(ids, offsets):
             text, ends = incremental_spans(self.tokenizer, self._backend, row, special)
             decoded.texts.append(text)

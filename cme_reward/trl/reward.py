@@ -19,7 +19,6 @@ from cme_reward.comparators import (
 )
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError, InputError
-from cme_reward.spans.pieces import special_ids
 from cme_reward.verifiers import Ensemble, Verifier
 
 
@@ -71,7 +70,9 @@ class RewardFunction:
     """
 
     def __init__(self, scorer: Any, name: str = "cme") -> None:
-        self.scorer = scorer
+        # Models pad their vocabulary, and a run should not end when an id from there is drawn.
+        known = getattr(scorer, "for_generator", None)
+        self.scorer = scorer if known is None else known(padded_vocabulary=True)
         self.__name__ = name
 
     def __call__(
@@ -126,23 +127,8 @@ def score(
     masks: Sequence[Any] | None,
     statistics: PolicyStatistics | None = None,
 ) -> CMEBatch:
-    """The scorer's rewards, also where a model sampled an id that its tokenizer does not have.
-
-    Models pad their vocabulary (Qwen2.5 to 151,936 of 151,665), and a run should not end when one
-    of those ids is drawn: it has no text and is not scored.
-
-    A scorer that compares the rollouts of a prompt is shown those of all processes.
-    """
-    table = getattr(scorer, "table", None)
-    if table is not None and any(max(row, default=0) >= table.vocab_size for row in ids):
-        special = special_ids(table.tokenizer)
-        others = np.setdiff1d(special, getattr(scorer, "eos_ids", ()))
-        known = [np.asarray(row) < table.vocab_size for row in ids]
-        blank = np.append(others, special)[0]
-        ids = [np.where(k, row, blank).tolist() for k, row in zip(known, ids, strict=True)]
-        if not others.size:  # an EOS stands for it, and must not count as one
-            given = known if masks is None else masks
-            masks = [np.logical_and(_host(m), k) for m, k in zip(given, known, strict=True)]
+    """The scorer's rewards. One that compares the rollouts of a prompt is shown those of all
+    processes."""
     if not getattr(scorer, "compares_rollouts", False):
         return call_reward(scorer, prompts, ids, masks, statistics)
     masks = [[True] * len(row) for row in ids] if masks is None else [_host(m) for m in masks]

@@ -20,6 +20,9 @@ class Ensemble(Closes):
             raise VerifierError("an ensemble has no members; expected at least one verifier")
         self.members = tuple(members)
 
+    def __repr__(self) -> str:
+        return f"Ensemble({list(self.members)!r})"
+
     def close(self) -> None:
         """Close the members."""
         for member in self.members:

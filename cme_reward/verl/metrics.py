@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cme_reward.metrics import length_correlation
+from cme_reward.metrics import length_correlation, mean, names, spread
 
 _noted: dict[str, float] = {}
 
@@ -53,16 +53,8 @@ class BusyClock:
 class Tally:
     """Metrics of responses that were scored one at a time, since the last `take`."""
 
-    MEANS = (
-        "coverage",
-        "dropped_nats",
-        "verifier_tokens_per_token",
-        "repetition",
-        "special_masked",
-        "thinking_tokens",
-        "thinking_unclosed",
-    )
-    SUMS = ("truncated", "alignment_seconds")
+    MEANS = names("mean")
+    SUMS = (*names("sum"), "alignment_seconds")  # the verifier's: see BusyClock
 
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
@@ -85,9 +77,9 @@ class Tally:
         columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
         sequence, tokens = columns["sequence_reward"], columns["tokens"]
         return {
-            "token_reward_mean": float(rewards.mean()) if rewards.size else 0.0,
-            "token_reward_std": float(rewards.std(ddof=1)) if rewards.size > 1 else 0.0,
-            "sequence_reward_mean": float(sequence.mean()),
+            "token_reward_mean": mean(rewards),
+            "token_reward_std": spread(rewards),
+            "sequence_reward_mean": mean(sequence),
             **{key: float(columns[key].mean()) for key in self.MEANS},
             **{key: float(columns[key].sum()) for key in self.SUMS},
             "length_correlation": length_correlation(sequence, tokens),

@@ -15,7 +15,7 @@ from cme_reward.conversation.format import Prompt
 from cme_reward.errors import CMEError, ConfigError, VerifierError
 from cme_reward.reward import CrossModelEntropy
 from cme_reward.verifiers import Ensemble, Verifier, load_verifier
-from cme_reward.verifiers.batching import BatchingVerifier
+from cme_reward.verifiers.shared import shared
 from cme_reward.verl.channel import write_rewards
 from cme_reward.verl.metrics import BusyClock, Tally
 from cme_reward.verl.settings import RewardSettings
@@ -51,7 +51,11 @@ class Scorer:
     def __init__(self, config: Mapping[str, Any], router_address: str | None = None) -> None:
         settings = RewardSettings.from_config(config)
         self._clock = BusyClock()
-        verifier = _shared(open_verifier(settings, config, router_address), settings, self._clock)
+        verifier = shared(
+            open_verifier(settings, config, router_address),
+            observe=lambda _: self._clock.running(),
+            max_batch_tokens=settings.max_batch_tokens,
+        )
         tokenizer, stops = _generator(config)
         given = config["data"].get("apply_chat_template_kwargs") or {}
         self._cme = CrossModelEntropy(
@@ -60,11 +64,8 @@ class Scorer:
             settings.cme,
             eos_token_ids=stops,
             generator_template_kwargs=dict(given),
+            padded_vocabulary=True,
         )
-        # Models pad their vocabulary. An id that the tokenizer lacks has no text and no reward, as
-        # a special token that ends nothing.
-        blanks = np.setdiff1d(self._cme.special_ids, self._cme.eos_ids)
-        self._blank = int(blanks[0]) if blanks.size else self._cme.table.vocab_size
         self._tallies = {False: Tally(), True: Tally()}
         self._failure: str | None = None
 
@@ -81,12 +82,9 @@ class Scorer:
             raise
 
     async def _score(self, request: Request) -> dict[str, Any]:
-        ids, mask = np.asarray(request.ids, dtype=np.int64), np.asarray(request.mask, dtype=bool)
-        known = ids < self._cme.table.vocab_size
+        mask = np.asarray(request.mask, dtype=bool)
         policy = None if request.policy_logprobs is None else [request.policy_logprobs]
-        batch = await self._cme.score_async(
-            [request.prompt], [np.where(known, ids, self._blank)], [mask], policy
-        )
+        batch = await self._cme.score_async([request.prompt], [request.ids], [mask], policy)
         rewards, scored = batch.token_rewards[0].numpy(), batch.mask[0].numpy()
         rewards, scored = rewards[request.start :], scored[request.start :]
         sequence = float(batch.sequence_rewards[0])
@@ -206,38 +204,6 @@ def actor_metrics() -> dict[str, float]:
     except ValueError:
         return {}
     return ray.get(actor.metrics.remote())
-
-
-def _shared(
-    verifier: Verifier | Ensemble, settings: RewardSettings, clock: BusyClock
-) -> Verifier | Ensemble:
-    """The verifier for many callers at a time, its time taken."""
-    if isinstance(verifier, Ensemble):
-        return Ensemble([_shared(v, settings, clock) for v in verifier.members])  # type: ignore
-    if hasattr(verifier, "logprobs_async"):
-        return _TimedEndpoint(verifier, clock)
-    timed = _Timed(verifier, clock)
-    return BatchingVerifier(timed, max_batch_tokens=settings.max_batch_tokens)
-
-
-class _Timed:
-    def __init__(self, verifier: Any, clock: BusyClock) -> None:
-        self.name = verifier.name
-        self.tokenizer = verifier.tokenizer
-        self.max_length = verifier.max_length
-        self.vocab_size = verifier.vocab_size
-        self._verifier = verifier
-        self._clock = clock
-
-    def logprobs(self, prompts: Any, responses: Any) -> list[np.ndarray]:
-        with self._clock.running():
-            return self._verifier.logprobs(prompts, responses)
-
-
-class _TimedEndpoint(_Timed):
-    async def logprobs_async(self, prompts: Any, responses: Any) -> list[np.ndarray]:
-        with self._clock.running():
-            return await self._verifier.logprobs_async(prompts, responses)
 
 
 def _generator(config: Mapping[str, Any]) -> tuple[Any, list[int]]:

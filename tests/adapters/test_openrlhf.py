@@ -274,7 +274,7 @@ def test_the_launcher_names_the_packages_own_agent(
     launch.main(["--actor.model_name_or_path", "policy"])
     assert sys.argv[1] == "--train.agent_func_path"
     assert adapter.__file__ is not None
-    assert Path(sys.argv[2]).samefile(adapter.__file__)
+    assert Path(sys.argv[2]).samefile(Path(adapter.__file__).with_name("agent.py"))
     assert sys.argv[3:] == ["--actor.model_name_or_path", "policy"]
 
 

@@ -299,8 +299,8 @@ def test_where_trl_stops_is_the_end_of_a_response(tmp_path: Path) -> None:
         Dataset.from_list(tiny.CHAT),
         processing_class=tiny.tokenizer(),
     )
-    assert made._cme.eos_ids.tolist() == [tiny.EOS, 2]
-    assert reward.scorer.eos_ids.tolist() == [tiny.EOS]
+    assert made._cme.generator.eos_ids.tolist() == [tiny.EOS, 2]
+    assert reward.scorer.generator.eos_ids.tolist() == [tiny.EOS]
 
 
 def test_two_processes_normalise_groups_together(tmp_path: Path) -> None:

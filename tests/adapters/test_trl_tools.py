@@ -177,7 +177,7 @@ def test_a_template_is_read_with_what_trl_gives_it(tmp_path: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", qwen3_chat_template
     reward = cme_reward_func(tiny.verifier(), tokenizer)
-    assert reward.scorer.reader.prefill.text == ""
+    assert reward.scorer.generator.reader.prefill.text == ""
     made = CMEGRPOTrainer(
         tiny.policy(len(tokenizer)),
         reward,
@@ -189,9 +189,9 @@ def test_a_template_is_read_with_what_trl_gives_it(tmp_path: Path) -> None:
     assert made.chat_template not in (None, qwen3_chat_template)
     ids = made._get_tool_suffix_ids([{"role": "tool", "name": "say", "content": "Five."}])
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    read = made._cme.reader.read(np.array(ids))
+    read = made._cme.generator.reader.read(np.array(ids))
     assert read.messages == [{"role": "tool", "content": "Five."}]
-    assert read.prefill.text == made._cme.reader.prefill.text == "<think>\n\n</think>\n\n"
+    assert read.prefill.text == made._cme.generator.reader.prefill.text == "<think>\n\n</think>\n\n"
 
 
 def rows_of(tokenizer: Any, inputs: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -239,7 +239,7 @@ def test_the_policys_template_is_the_one_that_verl_gives_it(config: Any) -> None
         "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT: {{ mood }}{% endif %}"
     )
-    reader = Scorer(config)._cme.reader
+    reader = Scorer(config)._cme.generator.reader
     assert reader.prefill.text == "(calm) "
     ids = reader.tokenizer.encode("<|im_end|>\nTOOL: 7<|im_end|>\nASSISTANT: (calm) ")
     assert reader.read(np.array(ids)).messages == [{"role": "tool", "content": "7"}]
