@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from cme_reward.reward import CrossModelEntropy
     from cme_reward.spans.table import SpanTable
     from cme_reward.verifiers import Ensemble, Verifier, load_verifier
+    from cme_reward.verifiers.batching import BatchingVerifier
+    from cme_reward.verifiers.hf import TransformersVerifier
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchingVerifier",
     "CMEBatch",
     "CMEConfig",
     "CMEError",
@@ -26,6 +29,7 @@ __all__ = [
     "InputError",
     "SpanTable",
     "TokenizerError",
+    "TransformersVerifier",
     "Verifier",
     "VerifierError",
     "align_batch",
@@ -36,6 +40,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BatchingVerifier": "verifiers.batching",
     "CMEBatch": "batch",
     "CMEConfig": "config",
     "CMEError": "errors",
@@ -45,6 +50,7 @@ _HOMES = {
     "InputError": "errors",
     "SpanTable": "spans.table",
     "TokenizerError": "errors",
+    "TransformersVerifier": "verifiers.hf",
     "Verifier": "verifiers",
     "VerifierError": "errors",
     "align_batch": "alignment",

@@ -12,6 +12,7 @@ import pytest
 import cme_reward
 
 PUBLIC = [
+    "BatchingVerifier",
     "CMEBatch",
     "CMEConfig",
     "CMEError",
@@ -21,6 +22,7 @@ PUBLIC = [
     "InputError",
     "SpanTable",
     "TokenizerError",
+    "TransformersVerifier",
     "Verifier",
     "VerifierError",
     "align_batch",
@@ -47,7 +49,8 @@ def test_the_public_names() -> None:
 
 
 def test_importing_takes_no_framework_and_no_model_code() -> None:
-    loaded = run("import sys\nfrom cme_reward import *\nprint(*sys.modules)").split()
+    names = ", ".join(f"cme_reward.{name}" for name in PUBLIC if name != "TransformersVerifier")
+    loaded = run(f"import sys, cme_reward\n{names}\nprint(*sys.modules)").split()
     for module in ("transformers", "verl", "openrlhf", "trl", "ray", "vllm", "httpx", "fastapi"):
         assert module not in loaded
 

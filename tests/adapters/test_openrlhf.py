@@ -27,7 +27,7 @@ from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError, lo
 from cme_reward import openrlhf as adapter
 from cme_reward.openrlhf import checks, launch
 from cme_reward.openrlhf import reward as reward_module
-from cme_reward.openrlhf.score import actions_of, in_unit_interval, score_rollout
+from cme_reward.openrlhf.score import actions_of, in_unit_interval, make_scorer, score_rollout
 from cme_reward.openrlhf.settings import Settings, load_settings, variables
 from cme_reward.openrlhf.verifier import open_verifier
 
@@ -219,7 +219,7 @@ def test_what_was_sampled() -> None:
 def test_an_id_beyond_the_vocabulary_is_not_scored() -> None:
     """Models pad theirs; a run should not end when one of those ids is drawn."""
     tokenizer = load_tokenizer("byte-level")
-    scorer = CrossModelEntropy(TableVerifier(tokenizer), tokenizer)
+    scorer = make_scorer(Settings(verifier="here"), TableVerifier(tokenizer), tokenizer)
     ids = tokenizer("five", add_special_tokens=False)["input_ids"]
     output = {
         "observation_tokens": [5, 5, *ids, len(tokenizer) + 3],
