@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from cme_reward._keys import group_key
+from cme_reward._settings import read_value
 from cme_reward.errors import ConfigError, InputError
 
-SCALES = ("std", "none")
+Scale = Literal["std", "none"]
 
 
 def group_advantages(
@@ -18,7 +19,7 @@ def group_advantages(
     mask: torch.Tensor,
     groups: Sequence[Any] | torch.Tensor,
     *,
-    scale: str = "std",
+    scale: Scale = "std",
     eps: float = 0.1,
 ) -> torch.Tensor:
     """Per-position group advantages (arXiv 2605.29009, section 2, after GRPO).
@@ -47,8 +48,7 @@ def group_advantages(
             nothing that can be compared.
         ConfigError: for an unknown `scale` or a negative `eps`.
     """
-    if scale not in SCALES:
-        raise ConfigError(f"scale={scale!r} is unknown; expected one of {', '.join(SCALES)}")
+    read_value("scale", Scale, scale)
     if not eps >= 0:
         raise ConfigError(f"eps={eps!r} must be 0 or a positive number of nats")
     if rewards.ndim != 2 or mask.shape != rewards.shape or len(groups) != len(rewards):

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal
 
-from cme_reward._values import read_value
-from cme_reward.advantages import SCALES
+from cme_reward._settings import (
+    check_choices,
+    kinds_of,
+    read_environment,
+    read_settings,
+    read_yaml,
+)
+from cme_reward.advantages import Scale
 from cme_reward.errors import ConfigError
 
-_CHOICES = {
-    "level": ("token", "sequence"),
-    "whitespace": ("mask", "keep"),
-    "eos": ("score", "mask"),
-    "baseline": ("none", "policy"),
-    "scale": SCALES,
-    "thinking": ("score", "condition", "hide"),
-    "special_tokens": ("hide", "show"),
-}
+Level = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -33,19 +29,19 @@ class CMEConfig:
     letter (arXiv 2605.29009, Appendix B) is `CMEConfig(eos="mask")`.
     """
 
-    level: str = "token"
+    level: Level = "token"
     """"token": one reward per token. "sequence": the mean verifier log-prob (Eq. 3), on the last
     token."""
 
-    whitespace: str = "mask"
+    whitespace: Literal["mask", "keep"] = "mask"
     """"mask" (paper): tokens of white space only get no reward. "keep": they are scored."""
 
-    eos: str = "score"
+    eos: Literal["score", "mask"] = "score"
     """"score": the generator's EOS gets the verifier's end-of-turn log-prob, so that stopping earns
     or costs credit. "mask" (paper): EOS gets no reward, and nothing pays for stopping; runs then
     did a little worse, undecided at three seeds (docs/evidence.md)."""
 
-    thinking: str = "score"
+    thinking: Literal["score", "condition", "hide"] = "score"
     """"score" (paper): thoughts and answer are one text. "condition": thoughts are shown to the
     verifier and not scored, so that the reward is of the answer given the thoughts. "hide": the
     verifier reads the answer alone. See docs/conversations.md."""
@@ -53,7 +49,7 @@ class CMEConfig:
     thinking_tags: Sequence[str] | str = ("<think>", "</think>")
     """What opens and closes a thought in the generator's responses; in one text, both apart."""
 
-    special_tokens: str = "hide"
+    special_tokens: Literal["hide", "show"] = "hide"
     """"hide": special tokens inside a response (tool-call markers, tags that are special) are left
     out of its text, counted as `special_masked`. "show": the verifier reads their names as ordinary
     characters, and they are scored as text. What ends a response is the end of turn either way."""
@@ -61,12 +57,12 @@ class CMEConfig:
     logprob_floor: float | None = None
     """Verifier log-probs below this many nats are raised to it, before alignment. None: none is."""
 
-    baseline: str = "none"
+    baseline: Literal["none", "policy"] = "none"
     """"policy": subtract the sampler's own log-prob from each token's (the reverse-KL reward of
     on-policy distillation), and its sum over the text that the verifier scores from the
     verifier's. "none": the paper."""
 
-    scale: str = "std"
+    scale: Scale = "std"
     """"std": advantages are divided by the group's standard deviation + eps. "none": they are not
     (Dr. GRPO)."""
 
@@ -91,12 +87,7 @@ class CMEConfig:
         template = "" if self.chat_template is None else str(self.chat_template)
         if template.strip().lower() in ("none", "null", "false"):
             object.__setattr__(self, "chat_template", "none")  # the class is frozen
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is unknown; expected one of "
-                    f"{', '.join(choices)}"
-                )
+        check_choices(self)
         tags = self.thinking_tags
         tags = tuple(tags.replace(",", " ").split() if isinstance(tags, str) else tags)
         if len(set(tags)) != 2 or not all(isinstance(tag, str) and tag.strip() for tag in tags):
@@ -125,40 +116,17 @@ class CMEConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CMEConfig:
         """From any mapping of names to values; strings are read as their field's type."""
-        known = get_type_hints(cls)
-        for key in settings:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-                raise ConfigError(
-                    f"unknown setting {key!r}; did you mean {near[0]!r}? Known: {', '.join(known)}"
-                )
-        return cls(**{key: read_value(key, known[key], value) for key, value in settings.items()})
+        return cls(**read_settings(settings, kinds_of(cls)))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> CMEConfig:
         """From a YAML file of settings, at its top level or under a `cme:` key."""
-        import yaml
-
-        try:
-            settings = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read settings from {str(path)!r}: {error}") from error
-        if isinstance(settings, Mapping) and isinstance(settings.get("cme"), Mapping):
-            settings = settings["cme"]
-        if not isinstance(settings, Mapping):
-            raise ConfigError(
-                f"{str(path)!r} holds a {type(settings).__name__}; expected settings such as "
-                "`eos: score`"
-            )
-        return cls.from_dict(settings)
+        settings = read_yaml(path, "settings from ", "eos: score")
+        inner = settings.get("cme")
+        return cls.from_dict(inner if isinstance(inner, dict) else settings)
 
     @classmethod
     def from_env(cls, prefix: str = "CME_", environ: Mapping[str, str] | None = None) -> CMEConfig:
-        """From environment variables such as `CME_EOS=mask`; other variables are left alone.
-
-        Only the names of settings are looked up, so a misspelt variable cannot be told from one
-        that belongs to something else.
-        """
-        environ = os.environ if environ is None else environ
-        names = {prefix + f.name.upper(): f.name for f in fields(cls)}
-        return cls.from_dict({names[key]: value for key, value in environ.items() if key in names})
+        """From environment variables such as `CME_EOS=mask`; other variables are left alone, also
+        one that is misspelt."""
+        return cls.from_dict(read_environment(kinds_of(cls), prefix, environ))

@@ -168,7 +168,7 @@ def padded(rows: list[list[int]], pad: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_what_follows_the_first_end_is_padding(level: str) -> None:
+def test_what_follows_the_first_end_is_padding(level: Any) -> None:
     tokenizer = load_tokenizer("byte-level")
     cme = CrossModelEntropy(TableVerifier(tokenizer), tokenizer, CMEConfig(level=level))
     end = tokenizer.eos_token_id

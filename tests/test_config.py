@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,25 @@ def test_an_unknown_key_names_the_nearest() -> None:
 def test_an_impossible_value_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CMEConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["level", "whitespace", "eos", "thinking", "special_tokens", "baseline", "scale"],
+)
+def test_choices_are_checked_however_they_come(name: str, tmp_path: Path) -> None:
+    message = f"{name}='x' is unknown; expected one of "
+    settings: dict[str, Any] = {name: "x"}
+    (tmp_path / "cme.yaml").write_text(f"{name}: x")
+    for make in (
+        lambda: CMEConfig(**settings),
+        lambda: dataclasses.replace(CMEConfig(), **settings),
+        lambda: CMEConfig.from_dict(settings),
+        lambda: CMEConfig.from_yaml(tmp_path / "cme.yaml"),
+        lambda: CMEConfig.from_env(environ={f"CME_{name.upper()}": "x"}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make()
 
 
 def test_from_yaml(tmp_path: Path) -> None:

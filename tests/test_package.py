@@ -81,7 +81,7 @@ def test_modules_are_small() -> None:
 
 ROOMS = [
     {"errors"},
-    {"_forks", "_keys", "_lazy", "_lru", "_ragged", "_values"},
+    {"_forks", "_keys", "_lazy", "_lru", "_ragged", "_settings"},
     {"spans"},
     {"advantages", "alignment", "batch", "config", "metrics"},
     {"conversation"},

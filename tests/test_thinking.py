@@ -155,7 +155,7 @@ def test_what_the_template_was_given_decides_what_is_pre_filled() -> None:
 
 
 @pytest.mark.parametrize("mode", ["condition", "hide"])
-def test_a_thought_that_was_cut_off_has_no_answer(mode: str) -> None:
+def test_a_thought_that_was_cut_off_has_no_answer(mode: Any) -> None:
     tokenizer, config = generator(PREFILLS), CMEConfig(thinking=mode)
     batch, stub, _ = scored("so four is", config, tokenizer, end=False)
     assert stub.responses == []  # nothing to score
@@ -189,7 +189,7 @@ def test_a_verifier_whose_template_begins_a_thought(
 
 
 @pytest.mark.parametrize("special_tokens", ["hide", "show"])
-def test_a_pre_filled_tag_that_is_a_special_token(special_tokens: str) -> None:
+def test_a_pre_filled_tag_that_is_a_special_token(special_tokens: Any) -> None:
     """A thought that the template began with a special token, cut off or ended by a trainer."""
     tokenizer = generator(CHATML.replace("assistant\n{% endif %}", "assistant\n[T]\n{% endif %}"),
                           special=True)  # fmt: skip
@@ -212,14 +212,15 @@ def test_a_pre_filled_tag_that_is_a_special_token(special_tokens: str) -> None:
 def test_several_thoughts_and_a_base_verifier() -> None:
     tokenizer = generator()
     response = "<think>a</think>One, <think>b</think>two."
-    for mode, expected in {
+    expectations: dict[Any, list[tuple[str, str]]] = {
         "score": [("2 + 2?", response)],
         "condition": [
             ("2 + 2?<think>a</think>", "One, "),
             ("2 + 2?<think>a</think>One, <think>b</think>", "two."),
         ],
         "hide": [("2 + 2?", "One, "), ("2 + 2?One, ", "two.")],
-    }.items():
+    }
+    for mode, expected in expectations.items():
         stub = TableVerifier(load_tokenizer("sentencepiece"))
         cme = CrossModelEntropy(stub, tokenizer, CMEConfig(thinking=mode))
         batch = cme([ASK], [tokenizer.encode(response)])
@@ -235,10 +236,11 @@ def test_thoughts_of_earlier_turns_are_shown_or_hidden_as_well() -> None:
         "<|im_end|>\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n<think>\n"
     )
     mask = [1] * len(first) + [0] * len(between) + [1] * len(last)
-    for mode, said, thought in (
+    cases: list[tuple[Any, str, str]] = [
         ("condition", "<think>\nlook</think>A?", "<think>\nah</think>"),
         ("hide", "A?", ""),
-    ):
+    ]
+    for mode, said, thought in cases:
         stub = TableVerifier(load_tokenizer("byte-level"))
         cme = CrossModelEntropy(stub, tokenizer, CMEConfig(thinking=mode))
         cme([ASK], [[*first, *between, *last]], [mask])
@@ -315,7 +317,7 @@ _GENERATORS: dict[str, Any] = {}
 @given(parts=_PARTS, mode=st.sampled_from(["score", "condition", "hide"]),
        kind=st.sampled_from(["byte-level", "bytes", "sentencepiece-dummy"]))  # fmt: skip
 def test_every_nat_is_on_a_token_that_writes_the_answer(
-    parts: list[str], mode: str, kind: str
+    parts: list[str], mode: Any, kind: str
 ) -> None:
     """Whatever the tags: what the verifier scored is on the tokens, and is the answers' text."""
     tokenizer = load_tokenizer(kind)

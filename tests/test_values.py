@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, Optional
 
 import pytest
 
-from cme_reward._values import read_value
+from cme_reward._settings import read_assignment, read_value
 from cme_reward.cli.options import verifier_options
 from cme_reward.errors import ConfigError
 
@@ -40,6 +41,9 @@ Numbers = list[float]
         (int | float, "5", 5),
         (Optional[int], "7", 7),  # noqa: UP045  (as other packages write it)
         (str | Literal[False], "false", False),
+        (str | Literal[False], "true", "true"),
+        (Literal["none", "all"] | None, "none", "none"),
+        (Literal["none", "all"] | None, "null", None),
         (dict | str | None, "{a: no}", {"a": False}),
         (dict | str | None, "no", "no"),
         (Mapping[str, Any], "a: 1", {"a": 1}),
@@ -90,6 +94,42 @@ def test_other_values_are_refused(kind: Any, value: Any, expected: str) -> None:
     message = re.escape(f"key={value!r} cannot be read; expected {expected}") + "$"
     with pytest.raises(ConfigError, match=message):
         read_value("key", kind, value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (Literal["std", "none"], "max", "std, none"),
+        (Literal["std", "none"], " std", "std, none"),
+        (Literal["std", "none"], None, "std, none"),
+        (Literal["off", "on"], False, "off, on"),  # in YAML, without quotes
+        (Literal["std", "none"] | None, 1, "std, none, null"),
+        (Literal[0, 1], True, "0, 1"),
+    ],
+)
+def test_other_choices_are_refused(kind: Any, value: Any, expected: str) -> None:
+    message = re.escape(f"key={value!r} is unknown; expected one of {expected}") + "$"
+    with pytest.raises(ConfigError, match=message):
+        read_value("key", kind, value)
+
+
+def test_other_mappings_become_plain_all_the_way_down() -> None:
+    frozen = MappingProxyType({"a": MappingProxyType({"b": [MappingProxyType({})]})})
+    for kind in (Mapping[str, Any], Any):
+        got = read_value("key", kind, frozen)
+        assert got == {"a": {"b": [{}]}}
+        assert {type(got), type(got["a"]), type(got["a"]["b"][0])} == {dict}
+
+
+@pytest.mark.parametrize("text", ["eos", "=mask", " =mask", ""])
+def test_an_assignment_has_a_key(text: str) -> None:
+    message = re.escape(f"--set {text!r}: expected KEY=VALUE, such as eos=mask")
+    with pytest.raises(ConfigError, match=message):
+        read_assignment("--set", text, "eos=mask")
+
+
+def test_an_assignment_is_cut_at_the_first_equals_sign() -> None:
+    assert read_assignment("--set", " a =b = c", "eos=mask") == ("a", "b = c")
 
 
 def test_values_of_the_right_type_stay() -> None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from cme_reward._values import read_value
-from cme_reward.errors import ConfigError
+from cme_reward._settings import read_assignment, read_value
 from cme_reward.loading import load_tokenizer, silence
 
 if TYPE_CHECKING:
@@ -22,10 +21,8 @@ def configuration(file: Path | None, settings: list[str]) -> CMEConfig:
 
     values = asdict(CMEConfig() if file is None else CMEConfig.from_yaml(file))
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting!r}: expected KEY=VALUE, such as eos=mask")
-        values[key.strip()] = value
+        key, value = read_assignment("--set", setting, "eos=mask")
+        values[key] = value
     return CMEConfig.from_dict(values)
 
 
@@ -40,12 +37,7 @@ def verifier_options(device: str | None, settings: Sequence[str]) -> dict[str, A
     options: dict[str, Any] = {} if device is None else {"device": device}
     kinds = _option_types() if settings else {}
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ConfigError(
-                f"--verifier-option {setting!r}: expected KEY=VALUE, such as dtype=bfloat16"
-            )
+        key, value = read_assignment("--verifier-option", setting, "dtype=bfloat16")
         options[key] = read_value(f"--verifier-option {key}", kinds.get(key, Any), value)
     return options
 

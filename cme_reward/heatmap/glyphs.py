@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from html import escape
 
 _SPECIAL = re.compile(
     r"<\|[^<>|]+\|>|<\uff5c[^<>]+\uff5c>|</?s>|<(?:[a-z]+_of_turn|bos|eos|pad|unk)>"
@@ -51,39 +50,29 @@ def with_characters(tokens: Sequence[str]) -> Iterator[str]:
 
 
 def segments(token: str) -> Iterator[tuple[str, str]]:
-    """Cut a token's text into (kind, text); the kinds are the group names of `_SEGMENTS`,
-    "special" and "empty"."""
+    """Cut a token's text into (kind, what is shown of it); the kinds are the group names of
+    `_SEGMENTS`, "special" and "empty". What has no glyph is shown by its name: bytes as `F0 9F`,
+    a control as `U+200B`, a character that is lost as `byte`."""
     if _SPECIAL.fullmatch(token):
         yield "special", token
     elif not token:
         yield "empty", "∅"
     else:
         for match in _SEGMENTS.finditer(token):
-            yield match.lastgroup or "text", match[0]
-
-
-def _chip(kind: str, text: str) -> str:
-    if kind == "bytes":
-        return " ".join(f"{ord(c) - 0xDC00:02X}" for c in text)
-    if kind == "control":
-        return f"U+{ord(text):04X}"
-    return "byte" if kind == "lost" else text
+            kind, text = match.lastgroup or "text", match[0]
+            if kind == "bytes":
+                text = " ".join(f"{ord(c) - 0xDC00:02X}" for c in text)
+            elif kind == "control":
+                text = f"U+{ord(text):04X}"
+            elif kind == "lost":
+                text = "byte"
+            yield kind, text
 
 
 def segment_terminal(kind: str, text: str) -> str:
     if kind in ("bytes", "lost", "control"):
-        return f"⟨{_chip(kind, text)}⟩"
+        return f"⟨{text}⟩"
     return {"newline": "↵\n", "tab": "⇥\t"}.get(kind, text)
-
-
-def segment_html(kind: str, text: str) -> str:
-    # Glyphs for line breaks and tabs are drawn by the style sheet: copied text stays the text.
-    if kind in ("bytes", "lost", "control", "empty"):
-        return f"<var>{_chip(kind, text)}</var>"
-    if kind == "spaces":
-        return f"<s>{text}</s>"
-    tags = {"newline": "<u></u>\n", "tab": "<b></b>\t", "special": f"<kbd>{escape(text)}</kbd>"}
-    return tags.get(kind) or escape(text)
 
 
 def plain_terminal(text: str) -> str:

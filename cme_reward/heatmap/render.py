@@ -13,16 +13,15 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from html import escape
+from functools import cache, lru_cache
 from importlib.resources import files
-from string import Template
 from typing import TYPE_CHECKING, Literal
+
+import jinja2
 
 from cme_reward.errors import InputError
 from cme_reward.heatmap.glyphs import (
     plain_terminal,
-    segment_html,
     segment_terminal,
     segments,
     with_characters,
@@ -122,38 +121,25 @@ def render_html(
     text is escaped, and a content security policy allows no script but the page's own. Without
     responses the page says so. Raises nothing: the views have checked their numbers.
     """
-    by_prompt: dict[str, list[ResponseView]] = {}
-    for response in responses:
-        by_prompt.setdefault(response.prompt, []).append(response)
-    sections, used = [], 0
-    for number, (prompt, group) in enumerate(by_prompt.items(), 1):
-        group.sort(key=lambda response: -response.sequence_reward)
-        used += sum(map(_size, group))
-        is_open = number == 1 or (number <= OPEN_PROMPTS and used <= OPEN_TOKENS)
-        sections.append(_section_html(number, prompt, group, is_open))
-
     views = [v for r in responses for v in (r.generator, r.verifier) if v is not None]
-    # A log-prob is never above 0: then a baseline was subtracted, and exp() is no probability.
-    is_ratio = any(
-        value > ROUNDING and scored
-        for view in views
-        for value, scored in zip(view.logprobs, view.mask, strict=True)
-    )
-    page = files("cme_reward.heatmap").joinpath("page.html").read_text(encoding="utf-8")
-    script = page.partition("<script>")[2].partition("</script>")[0]
-    return Template(page).substitute(
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        palette=_palette_css(LIGHT) + f"@media (prefers-color-scheme:dark){{{_palette_css(DARK)}}}",
-        title=_plain(title),
-        generator=_plain(generator_name),
-        verifier=_plain(verifier_name),
-        kind="ratio" if is_ratio else "logprob",
-        views="two" if any(response.verifier for response in responses) else "one",
-        scale="".join(
-            f"<li><i class={step}></i>{edge:g}<small>{_percent(math.exp(-edge))}</small></li>"
-            for step, edge in zip(STEP_CLASSES, (0.0, *EDGES), strict=True)
+    return _template().render(
+        title=title,
+        verifier_name=verifier_name,
+        generator_name=generator_name,
+        prompts=_prompts(responses),
+        has_verifier=any(response.verifier for response in responses),
+        # A log-prob is never above 0: then a baseline was subtracted, and exp() is no probability.
+        is_ratio=any(
+            value > ROUNDING and scored
+            for view in views
+            for value, scored in zip(view.logprobs, view.mask, strict=True)
         ),
-        sections="\n".join(sections) or "<p class=none>No responses.</p>",
+        scale=[
+            (step, edge, _percent(math.exp(-edge)))
+            for step, edge in zip(STEP_CLASSES, (0.0, *EDGES), strict=True)
+        ],
+        light=_palette(LIGHT),
+        dark=_palette(DARK),
     )
 
 
@@ -208,87 +194,86 @@ def _rows(view: TokenView) -> Iterator[tuple[str, float, bool]]:
     return zip(with_characters(view.tokens), view.logprobs, view.mask, strict=True)
 
 
-@lru_cache(maxsize=1 << 16)
-def _token_html(token: str) -> str:
-    return "".join(segment_html(*segment) for segment in segments(token))
+@cache
+def _template() -> jinja2.Template:
+    """The page, compiled once. All that is put into it is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "counts": _counts,
+        "nats": _nats,
+        "plain": plain_terminal,
+        "sha256": _sha256,
+        "tokens": _tokens,
+    }
+    page = files("cme_reward.heatmap").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(page)
 
 
-@lru_cache(maxsize=1 << 16)
+@dataclass(frozen=True)
+class _Prompt:
+    """The responses to one prompt, in parts of which only the first may be open at once."""
+
+    text: str
+    count: int
+    parts: list[list[ResponseView]]
+    is_open: bool
+
+
+def _prompts(responses: Sequence[ResponseView]) -> list[_Prompt]:
+    by_prompt: dict[str, list[ResponseView]] = {}
+    for response in responses:
+        by_prompt.setdefault(response.prompt, []).append(response)
+    prompts, used = [], 0
+    for number, (text, group) in enumerate(by_prompt.items(), 1):
+        group.sort(key=lambda response: -response.sequence_reward)
+        used += sum(map(_size, group))
+        is_open = number == 1 or (number <= OPEN_PROMPTS and used <= OPEN_TOKENS)
+        prompts.append(_Prompt(text, len(group), _parts(group), is_open))
+    return prompts
+
+
+def _parts(group: list[ResponseView]) -> list[list[ResponseView]]:
+    parts, room = [], 0
+    for response in group:
+        if not parts or room < _size(response):
+            parts.append([])
+            room = OPEN_TOKENS
+        parts[-1].append(response)
+        room -= _size(response)
+    return parts
+
+
+_segments = lru_cache(maxsize=1 << 16)(lambda token: tuple(segments(token)))
+
+
+def _tokens(view: TokenView) -> Iterator[tuple[str, str, tuple[tuple[str, str], ...]]]:
+    """Of each token its class (`m`: masked), its nats or why it is masked, and its segments."""
+    for token, value, scored in _rows(view):
+        if scored:
+            step = "p" if value > ROUNDING else STEP_CLASSES[colour_step(value)]
+            yield step, f"{value:.3f}", _segments(token)
+        else:
+            yield "m", _mask_reason(token), _segments(token)
+
+
 def _mask_reason(token: str) -> str:
     """Why a token is probably masked, as far as its text tells: a key of the page's own table."""
-    kinds = {kind for kind, _ in segments(token)}
+    kinds = {kind for kind, _ in _segments(token)}
     if kinds & {"special", "empty"}:
         return "special"
     return "part" if kinds & {"bytes", "lost"} else "other" if token.strip() else "blank"
 
 
-def _tokens_html(view: TokenView) -> str:
-    parts = []
-    for token, value, scored in _rows(view):
-        if not scored:
-            parts.append(f"<i class=m data-m={_mask_reason(token)}>{_token_html(token)}</i>")
-        else:
-            step = "p" if value > ROUNDING else STEP_CLASSES[colour_step(value)]
-            parts.append(f"<i class={step} data-v={value:.3f}>{_token_html(token)}</i>")
-    return "".join(parts)
-
-
-def _view_html(view: TokenView | None, name: str, response: ResponseView) -> str:
-    if view is None:
-        return f"<p class='{name} none'>No verifier tokens were recorded.</p>"
-    count = f"<p class='{name} count'>{_counts(view, response.dropped_nats)}</p>"
-    if not view.tokens:
-        return f"{count}<p class='{name} none'>Empty response.</p>"
-    return (
-        f"{count}<div class='{name} t' dir=auto tabindex=0 role=group "
-        f"aria-label='Tokens of {_plain(response.label)}'>{_tokens_html(view)}</div>"
-    )
-
-
-def _response_html(response: ResponseView) -> str:
-    return (
-        f"<article><header><h3 dir=auto>{_plain(response.label)}</h3>"
-        f"<p class=reward><b>{_nats(response.sequence_reward)}</b> nats per token</p></header>"
-        + _view_html(response.generator, "gen", response)
-        + _view_html(response.verifier, "ver", response)
-        + "</article>\n"
-    )
-
-
-def _section_html(number: int, prompt: str, group: list[ResponseView], is_open: bool) -> str:
-    chunks, room = [], 0
-    for response in group:
-        if not chunks or room < _size(response):
-            chunks.append([])
-            room = OPEN_TOKENS
-        chunks[-1].append(response)
-        room -= _size(response)
-    parts = []
-    for position, chunk in enumerate(chunks):
-        cards = "".join(map(_response_html, chunk))
-        if position or not is_open:
-            # Every "<" of the user's is "&lt;" by now, so nothing can close this element early.
-            cards = f"<script type=text/html>{cards}</script>"
-        cards = f"<div class=grid>{cards}</div>"
-        if position:
-            cards = f"<details class=more><summary>{len(chunk)} more</summary>{cards}</details>"
-        parts.append(cards)
-    count = f"{len(group)} response{'s' * (len(group) != 1)}"
-    return (
-        f"<details class=prompt{' open' * is_open}><summary><h2>Prompt {number}</h2>"
-        f"<span class=peek dir=auto>{_plain(prompt[:200])}</span><span class=n>{count}</span>"
-        f"</summary><blockquote dir=auto tabindex=0>{_plain(prompt)}</blockquote>"
-        f"{''.join(parts)}</details>"
-    )
-
-
-def _palette_css(colours: Sequence[str]) -> str:
+def _palette(colours: Sequence[str]) -> list[tuple[str, str, str]]:
     pairs = zip(STEP_CLASSES[1:], colours[1:], strict=True)
-    return "".join(f"i.{step}{{background:{c};color:{text_colour(c)}}}" for step, c in pairs)
+    return [(step, colour, text_colour(colour)) for step, colour in pairs]
 
 
-def _plain(text: str) -> str:
-    return escape(plain_terminal(text))
+def _sha256(script: str) -> str:
+    """What a content security policy calls a script by."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _nats(value: float, digits: int = 3) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 
 from cme_reward.errors import ConfigError
 
-OLDEST = (0, 9, 1)
-NEWEST = (0, 11)
+TESTED = ((0, 9, 1), (0, 12))
+"""First OpenRLHF version that is supported, and first that is not."""
+
 DOTTED = (0, 10, 2)
 """From here on flags and arguments are named `reward.remote_url`, before `remote_rm_url`."""
 
@@ -55,7 +56,7 @@ def version() -> tuple[int, ...]:
 
     Raises:
         ModuleNotFoundError: if there is none.
-        ConfigError: if it is older than 0.9.1.
+        ConfigError: if its internals have not been looked at, naming the range.
     """
     try:
         text = metadata.version("openrlhf")
@@ -65,10 +66,16 @@ def version() -> tuple[int, ...]:
             name="openrlhf",
         ) from error
     numbers = tuple(int(n) for n in re.findall(r"\d+", text)[:3])
-    if numbers < OLDEST:
+    first, last = (".".join(map(str, bound)) for bound in TESTED)
+    if not TESTED[0] <= numbers < TESTED[1]:
+        problem = (
+            "has no agent executors"
+            if numbers < TESTED[0]
+            else "is outside the range that cme_reward.openrlhf is made for"
+        )
         raise ConfigError(
-            f"OpenRLHF {text} has no agent executors; expected 0.9.1 or newer: "
-            'pip install "openrlhf>=0.9.1,<0.12"'
+            f"OpenRLHF {text} {problem}: expected >= {first}, < {last}. Run "
+            f'pip install "openrlhf>={first},<{last}"'
         )
     return numbers
 
@@ -77,8 +84,10 @@ def check_arguments(args: Any) -> None:
     """Refuse arguments under which the per-token advantages would not reach the policy as such.
 
     Raises:
-        ConfigError: naming the flag, what it would do, and what to set instead.
+        ConfigError: naming the flag, what it would do, and what to set instead; or for a version
+            of OpenRLHF that `version` refuses.
     """
+    version()
     estimator = argument(args, "algo.advantage.estimator")
     if estimator != "group_norm":
         raise ConfigError(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from cme_reward._values import read_value
-from cme_reward.config import CMEConfig
+from cme_reward._settings import (
+    check_choices,
+    check_names,
+    kinds_of,
+    read_environment,
+    read_settings,
+    read_yaml,
+)
+from cme_reward.config import CMEConfig, Level
 from cme_reward.errors import ConfigError
 
 PREFIX = "CME_"
 FILE = "CME_SETTINGS"
 SECRETS = ("CME_API_KEY",)
-PLACEMENTS = ("shared", "process")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Settings:
     verifier_options: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of `load_verifier`, such as `{"dtype": "bfloat16"}`."""
 
-    verifier_placement: str = "shared"
+    verifier_placement: Literal["shared", "process"] = "shared"
     """"shared": a verifier with weights is loaded once, in a Ray actor of its own that all rollout
     processes ask. "process": once in every rollout process. Servers are always asked directly."""
 
@@ -54,11 +59,7 @@ class Settings:
     config: CMEConfig = field(default_factory=CMEConfig)
 
     def __post_init__(self) -> None:
-        if self.verifier_placement not in PLACEMENTS:
-            raise ConfigError(
-                f"verifier_placement={self.verifier_placement!r} is unknown; expected one of "
-                f"{', '.join(PLACEMENTS)}"
-            )
+        check_choices(self)
         if not isinstance(self.verifier_options, Mapping):
             raise ConfigError(
                 f"verifier_options={self.verifier_options!r} must be a mapping, such as "
@@ -66,11 +67,11 @@ class Settings:
             )
 
 
-_OWN = {name: kind for name, kind in get_type_hints(Settings).items() if name != "config"}
-_REWARD = tuple(f.name for f in fields(CMEConfig))
+_REWARD = kinds_of(CMEConfig)
+_KINDS = {n: kind for n, kind in kinds_of(Settings).items() if n != "config"} | dict(_REWARD)
 
 
-def load_settings(level: str = "token", environ: Mapping[str, str] | None = None) -> Settings:
+def load_settings(level: Level = "token", environ: Mapping[str, str] | None = None) -> Settings:
     """Settings from the environment and the file it names.
 
     Args:
@@ -85,18 +86,16 @@ def load_settings(level: str = "token", environ: Mapping[str, str] | None = None
     values: dict[str, Any] = {"level": level}
     if environ.get(FILE):
         values |= _read_file(environ[FILE])
-    for name in (*_OWN, *_REWARD):
-        if PREFIX + name.upper() in environ:
-            values[name] = environ[PREFIX + name.upper()]
+    values |= read_environment(_KINDS, PREFIX, environ)
     if not values.get("verifier"):
         raise ConfigError(
             "no verifier is named: set the environment variable CME_VERIFIER, for example to "
             f"vllm:http://localhost:8000, or `verifier:` in a YAML file that {FILE} names. Under "
             "`ray job submit` it belongs into env_vars of --runtime-env-json"
         )
-    own = {n: read_value(n, kind, values[n]) for n, kind in _OWN.items() if n in values}
-    config = CMEConfig.from_dict({name: values[name] for name in _REWARD if name in values})
-    return Settings(**own, config=config)
+    values = read_settings(values, _KINDS)
+    config = CMEConfig(**{name: values.pop(name) for name in _REWARD if name in values})
+    return Settings(**values, config=config)
 
 
 def variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -111,25 +110,8 @@ def variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the settings in {FILE}={path!r}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path!r} holds a {type(values).__name__}; expected settings such as `verifier: ...`"
-        )
+    values = read_yaml(path, f"the settings in {FILE}=", "verifier: ...")
     if isinstance(values.get("cme"), dict):  # as CMEConfig.from_yaml reads it
-        values = {**{k: v for k, v in values.items() if k != "cme"}, **values["cme"]}
-    known = (*_OWN, *_REWARD)
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"{path!r}: unknown setting {name!r}; did you mean {near[0]!r}? Known: "
-                f"{', '.join(known)}"
-            )
+        values |= values.pop("cme")
+    check_names(values, _KINDS, file=path)
     return values

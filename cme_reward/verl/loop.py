@@ -47,6 +47,10 @@ _Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class  # the class un
 class CMEAgentLoopWorker(_Worker):
     """veRL's worker; each output of a trajectory is scored by itself, token by token."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = RewardSettings.from_config(self.config)
+
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
         _validating.set(bool(validate))
         if self.reward_loop_worker_handles is None:  # scored later, by a colocated verifier
@@ -73,11 +77,10 @@ class CMEAgentLoopWorker(_Worker):
         )
 
     def _notes(self, outputs: list[Any]) -> list[dict[str, Any]]:
-        settings = RewardSettings.from_config(self.config)
         return describe(
             outputs,
             validate=_validating.get(),
-            logprobs=settings.cme.baseline == "policy",
+            logprobs=self._settings.cme.baseline == "policy",
         )
 
     async def _score_one(self, outputs: list[Any], i: int, kwargs: dict[str, Any]) -> None:

@@ -3,14 +3,14 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, get_type_hints
+from typing import Any
 
-from cme_reward._values import read_value
-from cme_reward.config import CMEConfig
+from cme_reward._settings import check_names, kinds_of, plain, read_settings
+from cme_reward.advantages import Scale
+from cme_reward.config import CMEConfig, Level
 from cme_reward.errors import ConfigError
 
 TESTED = ((0, 9), (0, 10))
@@ -31,23 +31,24 @@ SUMMING = (
 
 MANAGER = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 LEGACY = ("custom_reward_function", "reward_model", "sandbox_fusion")
-ESTIMATOR_KEYS = ("level", "scale", "eps")
 
 
 @dataclass(frozen=True)
 class EstimatorSettings:
     """`algorithm.cme`: the options of `cme_grpo`, with the meaning they have in `CMEConfig`."""
 
-    level: str = "token"
-    scale: str = CMEConfig.scale
+    level: Level = CMEConfig.level
+    scale: Scale = CMEConfig.scale
     eps: float = CMEConfig.eps
 
     @classmethod
     def from_algorithm(cls, algorithm: Mapping[str, Any] | None) -> EstimatorSettings:
-        given = _plain((algorithm or {}).get("cme"))
-        _known("algorithm.cme", given, ESTIMATOR_KEYS)
-        config = CMEConfig.from_dict(given)  # reads and checks the values
+        given = _section((algorithm or {}).get("cme"))
+        config = CMEConfig(**read_settings(given, kinds_of(cls), section="algorithm.cme"))
         return cls(level=config.level, scale=config.scale, eps=config.eps)
+
+
+ESTIMATOR_KEYS = tuple(kinds_of(EstimatorSettings))
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class RewardSettings:
         Raises:
             ConfigError: for an unknown key, or none that says which verifier.
         """
-        given = _plain(config["reward"].get("cme"))
-        own = [f.name for f in fields(cls) if f.name != "cme"]
-        names = [f.name for f in fields(CMEConfig)]
-        _known("reward.cme", given, [*own, *names])
+        given = _section(config["reward"].get("cme"))
+        of_reward = kinds_of(CMEConfig)
+        kinds = {n: kind for n, kind in kinds_of(cls).items() if n != "cme"} | dict(of_reward)
+        check_names(given, kinds, section="reward.cme")
         for key in ("scale", "eps"):
             if key in given:
                 raise ConfigError(
@@ -105,15 +106,10 @@ class RewardSettings:
                 'expected "hosted" with True, a spec such as "hf:NAME" with False'
             )
         estimator = EstimatorSettings.from_algorithm(config["algorithm"])
-        reward = {key: value for key, value in given.items() if key in names}
-        cme = CMEConfig.from_dict({**reward, "scale": estimator.scale, "eps": estimator.eps})
-        kinds, given = get_type_hints(cls), {**given, "verifier": verifier}
-        options = {
-            key: read_value(f"reward.cme.{key}", kinds[key], given[key])
-            for key in own
-            if key in given
-        }
-        return cls(cme=cme, **options)
+        own = read_settings({**given, "verifier": verifier}, kinds, section="reward.cme")
+        reward = {name: own.pop(name) for name in of_reward if name in own}
+        cme = CMEConfig(**reward, scale=estimator.scale, eps=estimator.eps)
+        return cls(cme=cme, **own)
 
 
 def check_version() -> None:
@@ -224,7 +220,7 @@ def _check_estimator(config: Mapping[str, Any], settings: RewardSettings) -> Non
 
 def _check_legacy(config: Mapping[str, Any]) -> None:
     for section in LEGACY:
-        for key, value in _leaves(_plain(config.get(section)), section):
+        for key, value in _leaves(_section(config.get(section)), section):
             raise ConfigError(
                 f"{key}={value!r} is a key of older versions, which veRL ignores; the section is "
                 f"now reward.{section}"
@@ -239,24 +235,9 @@ def _leaves(section: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
             yield f"{name}.{key}", value
 
 
-def _known(section: str, given: Mapping[str, Any], known: Any) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"unknown setting {section}.{key}; did you mean {near[0]!r}? "
-                f"Known: {', '.join(known)}"
-            )
-
-
-def _plain(section: Any) -> dict[str, Any]:
+def _section(given: Any) -> dict[str, Any]:
     """A section of the configuration as plain dicts and lists."""
-    if section is None:
-        return {}
-    if not isinstance(section, dict):
-        from omegaconf import OmegaConf
-
-        section = OmegaConf.to_container(section, resolve=True)
+    section = {} if given is None else plain(given)
     if not isinstance(section, dict):
         raise ConfigError(f"{section!r} is no section of settings; expected keys and values")
     return section

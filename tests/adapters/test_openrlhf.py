@@ -251,9 +251,31 @@ def test_arguments_in_either_style(monkeypatch: pytest.MonkeyPatch) -> None:
         name = "advantage_estimator" if args is flat else "algo.advantage.estimator"
         with pytest.raises(ConfigError, match=rf"--{name} rloo is not what"):
             checks.check_arguments(args)
-    monkeypatch.setattr(metadata, "version", lambda _: "0.9.0")
-    with pytest.raises(ConfigError, match=r"OpenRLHF 0\.9\.0 has no agent executors"):
-        checks.version()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ("0.9.0", r"OpenRLHF 0\.9\.0 has no agent executors: expected >= 0\.9\.1, < 0\.12"),
+        ("0.12", r"OpenRLHF 0\.12 is outside the range .* expected >= 0\.9\.1, < 0\.12"),
+        ("0.12.0rc1", r"outside the range .* pip install \"openrlhf>=0\.9\.1,<0\.12\""),
+        ("1.0.0", "outside the range"),
+    ],
+)
+def test_other_versions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, found: str, message: str
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: found)
+    for use in (checks.version, lambda: checks.check_arguments(SimpleNamespace())):
+        with pytest.raises(ConfigError, match=message):
+            use()
+
+
+def test_the_newest_version_that_is_declared_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: "0.11.9.post1")
+    assert checks.version() == (0, 11, 9)
 
 
 def test_what_the_launcher_reads_of_the_command_line() -> None:

@@ -134,7 +134,7 @@ def test_two_steps(name: str, temperature: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("name", ["self", "random"])
-def test_controls(name: str, level: str, tmp_path: Path) -> None:
+def test_controls(name: str, level: Any, tmp_path: Path) -> None:
     """Cross-model entropy with another verifier: the policy's first weights, or untrained ones."""
     made = tiny.trainer(
         tmp_path,
