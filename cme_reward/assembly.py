@@ -111,6 +111,7 @@ def assemble(
     return CMEBatch(
         token_rewards=pad(rewards_N.astype(np.float32), layout.offsets),
         mask=pad(scored_N, layout.offsets),
+        sampled=pad(layout.sampled_N, layout.offsets),
         sequence_rewards=torch.from_numpy(sequence_B).float(),
         token_logprobs=pad(logprobs_N.astype(np.float32), layout.offsets),
         dropped_nats=torch.from_numpy(dropped_B).float(),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cme_reward.advantages import group_advantages
+from cme_reward.advantages import group_advantages, token_advantages
 from cme_reward.config import CMEConfig
 
 _SHOWN = ("sequence_reward_mean", "coverage", "dropped_nats", "truncated", "repetition")
@@ -31,6 +31,10 @@ class CMEBatch:
     mask: torch.Tensor
     """`[B, T]` bool, True where a token has a reward. At `level="sequence"`: every sampled token,
     since they share one."""
+
+    sampled: torch.Tensor
+    """`[B, T]` bool, True where the generator chose the token: neither padding, nor written by an
+    environment."""
 
     sequence_rewards: torch.Tensor
     """`[B]` float32, nats per verifier token: mean verifier log-prob (arXiv 2605.29009, Eq. 3)."""
@@ -62,22 +66,27 @@ class CMEBatch:
 
     def to(self, device: torch.device | str | int) -> CMEBatch:
         """The same, its tensors on a device; the verifier's tokens are numpy arrays and stay."""
-        names = ("token_rewards", "mask", "sequence_rewards", "token_logprobs", "dropped_nats")
+        names = [name for name, value in vars(self).items() if isinstance(value, torch.Tensor)]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def advantages(self, groups: Sequence[Any] | torch.Tensor) -> torch.Tensor:
-        """Advantages `[B, T]` at the configured level, scale and eps; 0 where masked.
+        """Advantages `[B, T]` at the configured level, credit, scale and eps; 0 where masked.
 
-        `level="token"`: `group_advantages` of the token rewards. `level="sequence"`: GRPO's scalar
-        advantage of each response, on every sampled token.
+        `level="token"`: `token_advantages`. `level="sequence"`: GRPO's scalar advantage of each
+        response, on every sampled token.
 
         Args:
             groups: B prompt identifiers, or the prompts themselves, strings or message lists;
                 rollouts of one prompt share one.
         """
-        scale, eps = self.config.scale, self.config.eps
-        if self.config.level == "token":
-            return group_advantages(self.token_rewards, self.mask, groups, scale=scale, eps=eps)
+        config = self.config
+        if config.level == "token":
+            return token_advantages(
+                self.token_rewards, self.mask, self.sampled, groups, **config.of_advantages
+            )
         rewards_B1 = self.sequence_rewards[:, None]
         everyone = torch.ones_like(rewards_B1, dtype=torch.bool)
-        return group_advantages(rewards_B1, everyone, groups, scale=scale, eps=eps) * self.mask
+        scalar_B1 = group_advantages(
+            rewards_B1, everyone, groups, scale=config.scale, eps=config.eps
+        )
+        return scalar_B1 * self.mask

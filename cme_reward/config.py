@@ -14,7 +14,7 @@ from cme_reward._settings import (
     read_settings,
     read_yaml,
 )
-from cme_reward.advantages import Scale
+from cme_reward.advantages import Credit, Scale
 from cme_reward.errors import ConfigError
 
 Level = Literal["token", "sequence"]
@@ -32,6 +32,14 @@ class CMEConfig:
     level: Level = "token"
     """"token": one reward per token. "sequence": the mean verifier log-prob (Eq. 3), on the last
     token."""
+
+    credit: Credit = "token"
+    """What of the token rewards a token's advantage is made of. "token" (paper): its own. "return":
+    its own and all later ones, see `returns_to_go`, so that a token answers for what it leads to.
+    "sequence" is another word for `level="sequence"`, and read as that."""
+
+    gamma: float = 1.0
+    """Discount of `credit="return"`, from 0 (a token's own reward) to 1."""
 
     whitespace: Literal["mask", "keep"] = "mask"
     """"mask" (paper): tokens of white space only get no reward. "keep": they are scored."""
@@ -63,8 +71,8 @@ class CMEConfig:
     verifier's. "none": the paper."""
 
     scale: Scale = "std"
-    """"std": advantages are divided by the group's standard deviation + eps. "none": they are not
-    (Dr. GRPO)."""
+    """"std": advantages are divided by the group's standard deviation + eps. "batch": by that of
+    the whole batch + eps. "none": they are not (Dr. GRPO)."""
 
     eps: float = 0.1
     """Added to the standard deviation, in nats. See `group_advantages`."""
@@ -88,6 +96,7 @@ class CMEConfig:
         if template.strip().lower() in ("none", "null", "false"):
             object.__setattr__(self, "chat_template", "none")  # the class is frozen
         check_choices(self)
+        self._check_credit()
         tags = self.thinking_tags
         tags = tuple(tags.replace(",", " ").split() if isinstance(tags, str) else tags)
         if len(set(tags)) != 2 or not all(isinstance(tag, str) and tag.strip() for tag in tags):
@@ -112,6 +121,25 @@ class CMEConfig:
                 f"chat_template_kwargs={self.chat_template_kwargs!r} must be a mapping, "
                 "such as {'enable_thinking': False}"
             )
+
+    def _check_credit(self) -> None:
+        if self.credit == "sequence":
+            object.__setattr__(self, "level", "sequence")
+            object.__setattr__(self, "credit", "token")
+        if self.level == "sequence" and self.credit == "return":
+            raise ConfigError(
+                'credit="return" is made of token rewards, and level="sequence" has none; leave '
+                "one of them out"
+            )
+        if not 0 <= self.gamma <= 1:
+            raise ConfigError(f"gamma={self.gamma!r} must be a discount from 0 to 1")
+        if self.gamma != 1 and self.credit != "return":
+            raise ConfigError(f'gamma={self.gamma!r} has no effect without credit="return"')
+
+    @property
+    def of_advantages(self) -> dict[str, Any]:
+        """The keywords of `token_advantages`."""
+        return {name: getattr(self, name) for name in ("credit", "gamma", "scale", "eps")}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CMEConfig:

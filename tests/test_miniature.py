@@ -12,7 +12,7 @@ import pytest
 import torch
 from trl_tiny import tokenizer as other_tokenizer
 
-from benchmarks.miniature import evaluate, grammar, models, rewards, tasks, vocabulary
+from benchmarks.miniature import evaluate, grammar, models, tasks, vocabulary
 from benchmarks.miniature.__main__ import SMALL, main
 from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
@@ -165,16 +165,6 @@ def test_a_response_that_never_stops_is_wrong() -> None:
     example = next(tasks.stream(0, ("sort",)))
     ids = tokenizer(example.answer)["input_ids"]
     assert evaluate.grades(tokenizer, [example] * 2, [[*ids, EOS], ids]) == [1, 0]
-
-
-def test_returns_to_go() -> None:
-    # gamma 0.5: -4, -2 - 0.5 * 4 = -4, masked: 0 + 0.5 * -4 = -2, -1 + 0.25 * -4 = -2.
-    rewards_BT = torch.tensor([[-1.0, -9.0, -2.0, -4.0]])
-    mask_BT = torch.tensor([[True, False, True, True]])
-    found = rewards.returns_to_go(rewards_BT, mask_BT, 0.5)
-    assert found.tolist() == [[-1 + 0.5 * -2, -2.0, -4.0, -4.0]]
-    none = rewards.returns_to_go(rewards_BT, mask_BT, 0.0)
-    assert none.tolist() == [[-1.0, 0.0, -2.0, -4.0]]
 
 
 def test_models_are_trained_once_and_the_same_again(tmp_path: Path) -> None:

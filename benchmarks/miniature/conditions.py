@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.miniature.candidates import Candidate
 from benchmarks.miniature.grpo import Settings
 
 STRONGEST = "verifier-4"
@@ -24,8 +25,8 @@ class Condition:
     """The generator to start from."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `CMEConfig`."""
-    gamma: float | None = None
-    """Discount of returns-to-go; None: rewards as they are."""
+    candidate: Candidate = Candidate()  # noqa: RUF009 (frozen)
+    """What is tried besides."""
     steps: int = 100
     cosine: bool = True
     lr: float | None = None
@@ -75,10 +76,8 @@ def _lessons() -> list[Condition]:
     def long(name: str, **config: Any) -> Condition:
         return Condition(f"long: {name}", config=config, steps=200, cosine=False)
 
-    def fast(name: str, gamma: float | None = None, **config: Any) -> Condition:
-        return Condition(
-            f"fast: {name}", config=config, gamma=gamma, steps=150, cosine=False, lr=1e-3
-        )
+    def fast(name: str, **config: Any) -> Condition:
+        return Condition(f"fast: {name}", config=config, steps=150, cosine=False, lr=1e-3)
 
     masked: dict[str, Any] = {"eos": "mask"}
     return [
@@ -91,12 +90,64 @@ def _lessons() -> list[Condition]:
         fast("token, EOS masked, eps 0.1", **masked),
         fast("token, EOS masked, eps 1e-4", eps=1e-4, **masked),
         fast("sequence, eps 0.1", level="sequence"),
-        fast("token, returns-to-go 0.9", gamma=0.9),
+        fast("token, returns-to-go 0.9", credit="return", gamma=0.9),
         fast("token, eps 1", eps=1.0),
         fast("token, not divided", scale="none"),
-        fast("token, returns-to-go 1", gamma=1.0),
+        fast("token, returns-to-go 1", credit="return"),
         fast("sequence, EOS masked, eps 0.1", level="sequence", **masked),
     ]
+
+
+def _horizon() -> list[Condition]:
+    """What a token is credited with, over ten times the usual updates, without the cosine."""
+
+    def ten(name: str, **config: Any) -> Condition:
+        return Condition(f"horizon: {name}", config=config, steps=1000, cosine=False)
+
+    returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
+    policy: dict[str, Any] = {"baseline": "policy"}
+    return [
+        ten("token"),
+        ten("sequence", level="sequence"),
+        ten("return", **returns),
+        ten("token, policy baseline", **policy),
+        ten("return, policy baseline", **returns, **policy),
+        ten("sequence, policy baseline", level="sequence", **policy),
+    ]
+
+
+def _screen() -> list[Condition]:
+    """Candidates over twice the usual updates, without the cosine, each beside what it changes."""
+
+    def twice(name: str, change: Candidate = Candidate(), **config: Any) -> Condition:  # noqa: B008
+        return Condition(
+            f"screen: {name}", config=config, candidate=change, steps=200, cosine=False
+        )
+
+    returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
+    sequence: dict[str, Any] = {"level": "sequence"}
+    return [
+        twice("token"),
+        twice("sequence", **sequence),
+        twice("return", **returns),
+        twice("token, power 0.5", Candidate(power=0.5)),
+        twice("token, contrast 0.5", Candidate(contrast=0.5)),
+        twice("token, power 0.5, contrast 0.5", Candidate(power=0.5, contrast=0.5)),
+        twice("token, divided by the batch's deviation", scale="batch"),
+        twice("token, gated by the response", Candidate(gate=True)),
+        twice("token, half of the sequence's", Candidate(blend=0.5)),
+        twice("sequence, soft minimum", Candidate(worst=1.0), **sequence),
+        twice("sequence, power 0.5", Candidate(power=0.5), **sequence),
+        twice("return, gamma 0.9", **returns, gamma=0.9),
+        twice("return, gamma 0.5", **returns, gamma=0.5),
+        twice("return, divided per position", credit="return"),
+        twice("return, power 0.5", Candidate(power=0.5), **returns),
+        twice("return, contrast 0.5", Candidate(contrast=0.5), **returns),
+        twice("return, EOS masked", **returns, eos="mask"),
+        twice("return, policy baseline", **returns, baseline="policy"),
+        twice("return, policy baseline, white space kept", **returns, baseline="policy",
+              whitespace="keep"),
+    ]  # fmt: skip
 
 
 GROUPS: dict[str, list[Condition]] = {
@@ -104,5 +155,7 @@ GROUPS: dict[str, list[Condition]] = {
     "verifiers": _verifiers(),
     "regimes": _regimes(),
     "lessons": _lessons(),
+    "horizon": _horizon(),
+    "screen": _screen(),
 }
 CONDITIONS: dict[str, Condition] = {c.name: c for group in GROUPS.values() for c in group}

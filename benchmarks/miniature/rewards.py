@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.miniature.cast import META_QUESTION, META_TEMPLATE, Cast
 from benchmarks.miniature.conditions import Condition
-from cme_reward import CMEConfig, group_advantages
+from cme_reward import CMEConfig
 from cme_reward.comparators import (
     MetaQuestion,
     call_reward,
@@ -40,7 +40,9 @@ def reward(condition: Condition, cast: Cast, policy: Any) -> Any:
         condition.reward,
         cast.tokenizer("pretrained"),
         CMEConfig(**condition.config),
-        verifier=verifier(cast, condition.verifier) if needs_verifier else None,
+        verifier=condition.candidate.verifier(verifier(cast, condition.verifier))
+        if needs_verifier
+        else None,
         policy=policy,
         **OPTIONS.get(condition.reward, {}),
     )
@@ -60,27 +62,6 @@ def advantages(condition: Condition, cast: Cast, policy: Any) -> Advantages:
         if needed_statistics(scorer):
             statistics = policy_statistics(policy, prompt_ids, response_ids)
         batch = call_reward(scorer, prompts, response_ids, None, statistics)
-        if condition.gamma is None:
-            return batch.advantages(groups)
-        returns = returns_to_go(batch.token_rewards, batch.mask, condition.gamma)
-        config = batch.config
-        return group_advantages(returns, batch.mask, groups, scale=config.scale, eps=config.eps)
+        return condition.candidate.advantages(batch, groups)
 
     return call
-
-
-def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Discounted sums of a token's own and all later rewards, `[B, T]`.
-
-        R[i, t] = sum_{k >= t} gamma^(k - t) r[i, k]
-
-    over unmasked k; so a token is credited with what it makes possible. gamma = 0 gives the rewards
-    themselves, gamma = 1 all of the response from here on.
-    """
-    rewards = torch.where(mask, rewards.double(), 0)
-    returns = torch.zeros_like(rewards)
-    total = torch.zeros(len(rewards), dtype=torch.float64)
-    for t in reversed(range(rewards.shape[1])):
-        total = rewards[:, t] + gamma * total
-        returns[:, t] = total
-    return returns.float()

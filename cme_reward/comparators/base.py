@@ -216,6 +216,7 @@ class Comparator:
         return CMEBatch(
             token_rewards=pad(rewards_N.astype(np.float32), call.offsets),
             mask=pad(call.sampled_N, call.offsets),
+            sampled=pad(call.sampled_N, call.offsets),
             sequence_rewards=torch.from_numpy(sequence_B).float(),
             token_logprobs=pad(np.zeros(len(rewards_N), np.float32), call.offsets),
             dropped_nats=torch.zeros(len(call.ids)),

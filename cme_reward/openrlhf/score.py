@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cme_reward.batch import CMEBatch
+from cme_reward.config import CMEConfig
 from cme_reward.conversation.format import Prompt
 from cme_reward.conversation.rendered import RenderedReader, messages_from_label
 from cme_reward.errors import ConfigError
@@ -118,16 +119,29 @@ async def score_rollout(
     )
     sequence = float(batch.sequence_rewards[0])
     bonus = environment_weight * float(output.get("reward") or 0.0)
-    rewards = batch.token_rewards[0].double().numpy()[own] + bonus
+    rewards, scored = batch.token_rewards[0].double().numpy()[own], batch.mask[0].numpy()[own]
+    add_to_response(rewards, scored, bonus, scorer.config)
     length = min(len(output["observation_tokens"]), max_length)
     row = np.full(length, np.nan)
-    row[start : start + len(ids)] = np.where(batch.mask[0].numpy()[own], rewards, np.nan)
+    row[start : start + len(ids)] = np.where(scored, rewards, np.nan)
     logs = dict(output.get("extra_logs") or {})
     output["reward"] = sequence + bonus
     output["scores"] = in_unit_interval(sequence)
     # The axis of actions: entry a is about token a + 1.
     output["extra_logs"] = logs | metrics_of(batch) | {KEY: row[1:].tolist()}
     return output
+
+
+def add_to_response(rewards_T: Any, scored_T: Any, amount: Any, config: CMEConfig) -> None:
+    """Add what belongs to a whole response to its token rewards, in place.
+
+    To each of them, since that is what one number per response does in GRPO. Where tokens are
+    credited with what follows, to the last one that has a reward: each then has it once.
+    """
+    if config.credit == "return" and scored_T.any():
+        rewards_T[int(np.flatnonzero(scored_T)[-1])] += amount
+    else:
+        rewards_T += amount
 
 
 def _stop_ids(name: str) -> list[int]:

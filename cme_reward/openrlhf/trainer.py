@@ -9,11 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from cme_reward.advantages import group_advantages
+from cme_reward.advantages import group_advantages, token_advantages
 from cme_reward.config import CMEConfig
 from cme_reward.errors import ConfigError, InputError
 from cme_reward.openrlhf.checks import KEY, argument, check_arguments
+from cme_reward.openrlhf.score import add_to_response
 from cme_reward.openrlhf.settings import load_settings
 
 
@@ -45,8 +47,9 @@ def _per_token(original: Callable[..., Any]) -> Callable[..., Any]:
         A[i, t] = clip(group_advantages(r + p)[i, t]) + returns(-beta * KL)[i, t]
 
     r: token rewards in nats; p: what OpenRLHF's length penalties took from the response's reward,
-    taken from each of its tokens; clip: to `reward.clip_range`, where OpenRLHF clips its normalised
-    reward; the last term as OpenRLHF adds it (0 for `kl.init_coef` 0 or `kl.use_loss`). At
+    taken from each of its tokens (for `credit="return"`, once); clip: to `reward.clip_range`, where
+    OpenRLHF clips its normalised reward; the last term as OpenRLHF adds it (0 for `kl.init_coef` 0
+    or `kl.use_loss`). At
     `level="sequence"` r is one number per response. Position t counts from the first sampled token
     of a response; tokens of an environment in between count, and have no advantage.
     """
@@ -123,22 +126,24 @@ def _advantages(
         for own_BA, column in zip(out, shared.split([len(o) for o in out]), strict=True):
             own_BA += column
         return out
-    rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+    rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     places: list[tuple[torch.Tensor, slice]] = []
     for own_BA, e, tokens_BA, penalty in zip(out, experiences, tokens, penalties, strict=True):
         for b, mask in enumerate(e.action_mask.bool()):
             sampled = mask.nonzero().flatten().tolist() or [0]
             span = slice(sampled[0], sampled[-1] + 1)
             scored = mask[span] & ~tokens_BA[b, span].isnan()
-            rows.append((tokens_BA[b, span].double() + penalty.reshape(-1)[b], scored))
+            rewards = tokens_BA[b, span].double()
+            add_to_response(rewards, scored, penalty.reshape(-1)[b], config)
+            rows.append((rewards, scored, mask[span]))
             places.append((own_BA[b], span))
-    width = max((len(scored) for _, scored in rows), default=0)
-    rewards_BT = torch.zeros(len(rows), width, dtype=torch.float64)
-    mask_BT = torch.zeros(len(rows), width, dtype=torch.bool)
-    for b, (rewards, scored) in enumerate(rows):
-        rewards_BT[b, : len(scored)], mask_BT[b, : len(scored)] = rewards, scored
-    advantages_BT = group_advantages(
-        rewards_BT, mask_BT, groups, scale=config.scale, eps=config.eps
+    if not rows:
+        return out
+    rewards_BT, scored_BT, sampled_BT = (
+        pad_sequence(list(column), batch_first=True) for column in zip(*rows, strict=True)
+    )
+    advantages_BT = token_advantages(
+        rewards_BT, scored_BT, sampled_BT, groups, **config.of_advantages
     )
     for (row, span), advantages in zip(places, advantages_BT, strict=True):
         row[span] = advantages[: span.stop - span.start]

@@ -153,6 +153,7 @@ def _rows_of(batch: CMEBatch, rows: slice) -> CMEBatch:
         batch,
         token_rewards=batch.token_rewards[rows],
         mask=batch.mask[rows],
+        sampled=batch.sampled[rows],
         sequence_rewards=batch.sequence_rewards[rows],
         token_logprobs=batch.token_logprobs[rows],
         dropped_nats=batch.dropped_nats[rows],

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from cme_reward.advantages import group_advantages
+from cme_reward.advantages import group_advantages, returns_to_go
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators import PolicyStatistics, needed_statistics, policy_statistics
 from cme_reward.errors import ConfigError, InputError
@@ -124,6 +124,8 @@ class CMEGRPOTrainer(GRPOTrainer):
         """`[B, T]` for this process's completions, normalised over all processes' groups."""
         if batch.config.level == "token":
             rewards, mask = batch.token_rewards, batch.mask
+            if batch.config.credit == "return":
+                rewards, mask = returns_to_go(rewards, mask, batch.sampled, batch.config.gamma)
             wide = (0, loss_mask_BT.shape[1] - rewards.shape[1])
             rewards = torch.nn.functional.pad(rewards, wide).to(loss_mask_BT.device)
             mask = torch.nn.functional.pad(mask, wide).to(loss_mask_BT.device) & loss_mask_BT

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from cme_reward.advantages import group_advantages
+from cme_reward.advantages import group_advantages, token_advantages
 from cme_reward.errors import InputError
 from cme_reward.verl.channel import read_mask
 from cme_reward.verl.metrics import note
@@ -26,7 +26,7 @@ def cme_grpo(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """veRL's estimator for cross-model entropy: `group_advantages` over the rollouts of a prompt.
 
-    Options are read from `algorithm.cme`: `scale` and `eps` as in `CMEConfig`, and `level`. At the
+    Options are read from `algorithm.cme`: those of `EstimatorSettings`, as in `CMEConfig`. At the
     sequence level all sampled tokens of a response share the advantage of its summed reward.
 
     Args:
@@ -63,8 +63,15 @@ def cme_grpo(
         return advantages_BT, advantages_BT
     scored_BT = read_mask(token_level_rewards) & sampled_BT
     _require_tokens(scored_BT, sampled_BT)
-    advantages_BT = group_advantages(
-        token_level_rewards, scored_BT, list(index), scale=settings.scale, eps=settings.eps
+    advantages_BT = token_advantages(
+        token_level_rewards,
+        scored_BT,
+        sampled_BT,
+        list(index),
+        credit=settings.credit,
+        gamma=settings.gamma,
+        scale=settings.scale,
+        eps=settings.eps,
     )
     tokens = sampled_BT.sum().clamp(min=1)
     note(

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cme_reward.errors import CMEError, ConfigError
-from cme_reward.verl.settings import ESTIMATOR_KEYS, MANAGER, check_settings, check_version
+from cme_reward.verl.settings import (
+    ESTIMATOR_KEYS,
+    ESTIMATOR_ONLY,
+    MANAGER,
+    check_settings,
+    check_version,
+)
 
 MAIN = "verl.trainer.main_ppo"
 DEFAULT = "cme_reward.verl:CMEReward"
@@ -104,6 +110,9 @@ def expand(settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[s
         else:
             passed.append(override)
     module, _, name = reward_fn.partition(":")
+    if cme.get("credit") == "sequence":
+        cme |= {"level": cme.get("level", "sequence")}
+        del cme["credit"]
     level = cme.get("level", "token")
     native: dict[str, Any] = {
         "reward.reward_manager.source": "importlib",
@@ -115,7 +124,7 @@ def expand(settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[s
         "algorithm.adv_estimator": "grpo" if level == "sequence" else "cme_grpo",
     }
     if level == "sequence":
-        for key in ("scale", "eps"):
+        for key in ESTIMATOR_ONLY:
             if key in cme:
                 raise ConfigError(
                     f"cme.{key}={cme[key]!r} would have no effect: at the sequence level veRL's "
@@ -124,7 +133,7 @@ def expand(settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[s
                 )
     else:
         native["++algorithm.cme"] = {key: cme[key] for key in ESTIMATOR_KEYS if key in cme}
-    native["++reward.cme"] = {k: v for k, v in cme.items() if k not in ("scale", "eps")}
+    native["++reward.cme"] = {k: v for k, v in cme.items() if k not in ESTIMATOR_ONLY}
     if cme.get("verifier") == "hosted":
         native["reward.reward_model.enable"] = True
         if dict(_flat(rest)).get("reward.reward_model.enable_resource_pool") is True:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cme_reward._settings import check_names, kinds_of, plain, read_settings
-from cme_reward.advantages import Scale
+from cme_reward.advantages import Credit, Scale
 from cme_reward.config import CMEConfig, Level
 from cme_reward.errors import ConfigError
 
@@ -38,6 +38,8 @@ class EstimatorSettings:
     """`algorithm.cme`: the options of `cme_grpo`, with the meaning they have in `CMEConfig`."""
 
     level: Level = CMEConfig.level
+    credit: Credit = CMEConfig.credit
+    gamma: float = CMEConfig.gamma
     scale: Scale = CMEConfig.scale
     eps: float = CMEConfig.eps
 
@@ -45,15 +47,17 @@ class EstimatorSettings:
     def from_algorithm(cls, algorithm: Mapping[str, Any] | None) -> EstimatorSettings:
         given = _section((algorithm or {}).get("cme"))
         config = CMEConfig(**read_settings(given, kinds_of(cls), section="algorithm.cme"))
-        return cls(level=config.level, scale=config.scale, eps=config.eps)
+        return cls(**{name: getattr(config, name) for name in kinds_of(cls)})
 
 
 ESTIMATOR_KEYS = tuple(kinds_of(EstimatorSettings))
+ESTIMATOR_ONLY = tuple(key for key in ESTIMATOR_KEYS if key != "level")
+"""Settings that the reward itself does not need."""
 
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """`reward.cme`: the fields of `CMEConfig` but `scale` and `eps`, and these."""
+    """`reward.cme`: the fields of `CMEConfig` but those of `ESTIMATOR_ONLY`, and these."""
 
     cme: CMEConfig
     verifier: str
@@ -86,7 +90,7 @@ class RewardSettings:
         of_reward = kinds_of(CMEConfig)
         kinds = {n: kind for n, kind in kinds_of(cls).items() if n != "cme"} | dict(of_reward)
         check_names(given, kinds, section="reward.cme")
-        for key in ("scale", "eps"):
+        for key in ESTIMATOR_ONLY:
             if key in given:
                 raise ConfigError(
                     f"reward.cme.{key}={given[key]!r} would have no effect: the estimator reads "
@@ -108,7 +112,7 @@ class RewardSettings:
         estimator = EstimatorSettings.from_algorithm(config["algorithm"])
         own = read_settings({**given, "verifier": verifier}, kinds, section="reward.cme")
         reward = {name: own.pop(name) for name in of_reward if name in own}
-        cme = CMEConfig(**reward, scale=estimator.scale, eps=estimator.eps)
+        cme = CMEConfig(**reward, **{name: getattr(estimator, name) for name in ESTIMATOR_ONLY})
         return cls(cme=cme, **own)
 
 

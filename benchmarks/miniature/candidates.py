@@ -1,0 +1,87 @@
+"""Rewards that might do better than plain cross-model entropy, tried before the package has them.
+
+Each is made of what the package gives: a verifier whose log-probs are changed before alignment, or
+a batch whose rewards or advantages are put together otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cme_reward import CMEBatch
+
+Rows = Sequence[Sequence[int] | np.ndarray]
+
+
+class Changed:
+    """A verifier with other log-probs.
+
+    Args:
+        verifier: the one to ask.
+        power: `(p^power - 1) / power` in place of `log p` (PowerOPD, arXiv 2606.17199): bounded by
+            `-1 / power`, so that a few very surprising tokens do not own the group.
+        contrast: this many times the log-prob without the prompt is subtracted, so that what is
+            likely anywhere (fluent, repeated) earns less.
+    """
+
+    def __init__(self, verifier: Any, power: float = 0.0, contrast: float = 0.0) -> None:
+        self.name, self.tokenizer = verifier.name, verifier.tokenizer
+        self.max_length, self.vocab_size = verifier.max_length, verifier.vocab_size
+        self._verifier, self._power, self._contrast = verifier, power, contrast
+
+    def logprobs(self, prompts: Rows, responses: Rows) -> list[np.ndarray]:
+        found = self._verifier.logprobs(prompts, responses)
+        if self._power:
+            found = [np.expm1(self._power * row) / self._power for row in found]
+        if self._contrast:
+            alone = self._verifier.logprobs([row[:1] for row in prompts], responses)
+            found = [a - self._contrast * b for a, b in zip(found, alone, strict=True)]
+        return found
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is changed; nothing, as it stands."""
+
+    power: float = 0.0
+    contrast: float = 0.0
+    worst: float = 0.0
+    """Temperature in nats of a soft minimum over a response's verifier tokens, which takes the
+    place of their mean (sequence level). 0: the mean."""
+    blend: float = 0.0
+    """Share of the sequence level's advantage in that of the token level."""
+    gate: bool = False
+    """Token advantages count where their sign is that of the response's (SG-OPD, 2606.09304)."""
+
+    def verifier(self, verifier: Any) -> Any:
+        if not (self.power or self.contrast):
+            return verifier
+        return Changed(verifier, self.power, self.contrast)
+
+    def advantages(self, batch: CMEBatch, groups: Sequence[int]) -> torch.Tensor:
+        if self.worst:
+            batch = replace(batch, sequence_rewards=soft_minimum(batch, self.worst))
+        own_BT = batch.advantages(groups)
+        if not (self.blend or self.gate):
+            return own_BT
+        whole = replace(batch, config=replace(batch.config, level="sequence", credit="token"))
+        whole_BT = replace(whole, mask=batch.sampled).advantages(groups)
+        if self.gate:
+            return torch.where(own_BT.sign() == whole_BT.sign(), own_BT, 0)
+        return (1 - self.blend) * own_BT + self.blend * whole_BT
+
+
+def soft_minimum(batch: CMEBatch, temperature: float) -> torch.Tensor:
+    """`-T log mean_s exp(-logp_s / T)` of each response's verifier tokens, `[B]` in nats."""
+    rows = [torch.from_numpy(logp) / temperature for _, logp in batch.verifier_tokens]
+    soft = [np.log(len(row)) - torch.logsumexp(-row, 0) if len(row) else None for row in rows]
+    found = [
+        float(reward) if value is None else temperature * float(value)
+        for value, reward in zip(soft, batch.sequence_rewards, strict=True)
+    ]
+    return torch.tensor(found)
