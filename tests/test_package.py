@@ -81,7 +81,7 @@ ROOMS = [
     {"_forks", "_keys", "_lazy", "_lru", "_ragged", "_settings"},
     {"spans"},
     {"_rows", "advantages", "alignment", "batch", "config", "metrics"},
-    {"conversation"},
+    {"_row", "conversation"},
     {"loading", "verifiers"},
     {"assembly", "reward", "scoring"},
     {"comparators", "heatmap"},

@@ -29,7 +29,6 @@ from cme_reward.server.models import (
     RewardRequest,
     ScoreReply,
     ScoreRequest,
-    plain_messages,
 )
 from cme_reward.server.settings import ServerSettings
 from cme_reward.verifiers import Ensemble, Verifier
@@ -197,7 +196,7 @@ class _Service:
         def read() -> tuple[Any, list[int]]:
             ids = self.reader.ids(self.reader.response(query, prompt))
             messages = messages_from_label(label)
-            return plain_messages(messages) if messages else self.reader.prompt(prompt), ids
+            return messages or self.reader.prompt(prompt), ids
 
         try:
             short = len(query) + len(prompt) < _AT_ONCE
