@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from cme_reward import CrossModelEntropy, load_verifier
 from cme_reward.cli.app import app
-from cme_reward.cli.jsonl import Bad, Row, batches, read_rows
+from cme_reward.cli.jsonl import Bad, Good, batches, read_rows
 from cme_reward.verifiers.endpoint import EndpointVerifier
 
 NEW = ["sequence_reward", "token_rewards", "mask", "tokens", "dropped_nats"]
@@ -346,8 +346,8 @@ def test_batch_size_changes_nothing(model: Path) -> None:
 
 def test_neighbours_of_one_prompt_share_a_batch() -> None:
     prompts = ["a"] * 3 + ["b"] * 2 + ["c"] * 7
-    rows = [Row(n, {}, prompt, "", None, None, None) for n, prompt in enumerate(prompts)]
-    sizes = [[row.prompt for row in b if isinstance(row, Row)] for b in batches(rows, 2)]
+    rows = [Good(prompt, "", line=n, fields={}) for n, prompt in enumerate(prompts)]
+    sizes = [[row.prompt for row in b if isinstance(row, Good)] for b in batches(rows, 2)]
     # 3 rows of "a" stay together, b fills a batch, c is cut at twice the size.
     assert sizes == [["a"] * 3, ["b"] * 2, ["c"] * 4, ["c"] * 3]
     assert list(batches([], 2)) == []
@@ -360,7 +360,7 @@ def test_reading_is_streaming() -> None:
         yield b'{"prompt": "x", "response": "y"}\n'
         raise AssertionError("read ahead")
 
-    assert isinstance(next(read_rows(stream())), Row)
+    assert isinstance(next(read_rows(stream())), Good)
 
 
 @pytest.mark.parametrize(

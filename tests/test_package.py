@@ -84,7 +84,7 @@ ROOMS = [
     {"_forks", "_keys", "_lazy", "_lru", "_ragged", "_settings"},
     {"spans"},
     {"advantages", "alignment", "batch", "config", "metrics"},
-    {"conversation"},
+    {"_row", "conversation"},
     {"generator", "loading", "verifiers"},
     {"assembly", "reward", "scoring"},
     {"comparators", "heatmap"},

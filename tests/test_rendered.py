@@ -239,6 +239,14 @@ def test_labels_that_carry_messages() -> None:
         got = messages_from_label(label)
         assert got is not None
         assert got[-1] == ASK[0]
+    # What a data set adds to its messages is not for templates to see.
+    parts = {"content": [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]}
+    got = messages_from_label([{"role": "user", **parts, "weight": 1, "name": None}])
+    assert got == [{"role": "user", "content": "How many?"}]
+    with pytest.raises(InputError, match=r"label is not one \(message 0 .* holds 3"):
+        messages_from_label([{"role": "user", "content": 3}])
+    with pytest.raises(InputError, match=r"label is not one .* half of a surrogate pair"):
+        messages_from_label(json.dumps([{"role": "user", "content": "\ud800"}]))
     for label in (None, "42", "[1, 2]", "[half", "[]", [], 7, {"role": "user"}, "[" * 100_000):
         assert messages_from_label(label) is None
     with pytest.raises(InputError, match=r"end with the assistant's 'Two\.'"):

@@ -90,6 +90,17 @@ def test_rewards_of_ids_equal_those_in_process(embedded: Any, generator: Any) ->
             assert got[name] == [pytest.approx(float(getattr(expected, name)[b]), abs=TOLERANCE)]
 
 
+def test_prompts_are_texts_or_conversations(embedded: Any, generator: Any) -> None:
+    """As the rows of a data set have them under that name."""
+    prompts, ids = [TALK, "Say something."], [sampled(generator, text) for text in WRITTEN[:2]]
+    expected = CrossModelEntropy(embedded, generator)(prompts, ids)
+    body = {"prompts": prompts, "response_ids": ids}
+    got = ask(embedded, generator, "/v1/score", body).json()
+    assert got["sequence_rewards"] == pytest.approx(
+        expected.sequence_rewards.tolist(), abs=TOLERANCE
+    )
+
+
 @pytest.mark.parametrize("messages", [None, TALK], ids=["read-back", "label"])
 def test_openrlhf_gets_the_rewards_of_the_sampled_ids(
     embedded: Any, generator: Any, messages: Any
@@ -177,6 +188,13 @@ IDS = {"prompts": ["a"], "response_ids": [[5, 6]]}
         (GOOD | IDS, 422, "InputError", "got both responses and response_ids"),
         (GOOD | {"prompts": "a"}, 422, "ValidationError", "prompts: Input should be a valid list"),
         (GOOD | {"prompts": [3]}, 422, "ValidationError", r"prompts\[0\]: .*valid string"),
+        (GOOD | {"prompts": [[]]}, 422, "ValidationError", r"prompts\[0\]: .*at least 1 item"),
+        (
+            GOOD | {"prompts": [[{"role": "user", "contents": "a"}]]},
+            422,
+            "ValidationError",
+            r"^prompts\[0\]\[0\].contents: unknown field; known: role, content, tool_calls",
+        ),
         (GOOD | {"prompts": ["a", "b"]}, 422, "InputError", "got 2 prompts and 1 responses"),
         (
             GOOD | {"respones": ["b"]},

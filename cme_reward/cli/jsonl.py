@@ -6,30 +6,24 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cme_reward.conversation.messages import Prompt, as_messages
+from cme_reward._row import Row, read_row, short
 from cme_reward.errors import InputError
 
 
-@dataclass
-class Row:
-    """One good line."""
+@dataclass(kw_only=True)
+class Good(Row):
+    """A line that can be scored."""
 
     line: int
     """Its number, from 1."""
     fields: dict[str, Any]
     """All of the line, to be written again."""
-    prompt: Prompt
-    response: str | None
-    """The response as text; None where it was given as ids."""
-    ids: list[int] | None
-    mask: list[bool] | None
-    policy: list[float] | None
 
 
 @dataclass
@@ -42,7 +36,7 @@ class Bad:
 
 def read_rows(
     stream: Iterable[bytes], vocab_size: int | None = None, *, needs_policy: bool = False
-) -> Iterator[Row | Bad]:
+) -> Iterator[Good | Bad]:
     """Each line that is not blank, in order. The arguments are those of `parse_row`."""
     for line, raw in enumerate(stream, 1):
         if line == 1:
@@ -56,8 +50,8 @@ def read_rows(
 
 def parse_row(
     line: int, raw: bytes, vocab_size: int | None = None, *, needs_policy: bool = False
-) -> Row:
-    """One line as a row. A field that is null counts as missing.
+) -> Good:
+    """One line as a row of `cme_reward._row`.
 
     Args:
         line: its number.
@@ -69,51 +63,23 @@ def parse_row(
         InputError: saying what is wrong with the line.
     """
     fields = _parse(raw)
-    given = {key: value for key, value in fields.items() if value is not None}
-    prompt = _prompt(given)
-    if _one_of(given, "response", "response_ids") == "response":
-        if "response_mask" in given or needs_policy:
-            raise InputError(
-                "has a response as text; expected response_ids, since response_mask and "
-                "baseline=policy go by the sampled tokens"
-            )
-        if not isinstance(given["response"], str):
-            raise InputError(f"response is {_short(given['response'])}; expected text")
-        _check_characters("response", given["response"])
-        return Row(line, fields, prompt, given["response"], None, None, None)
     if vocab_size is None:
-        raise InputError(
-            "has response_ids, but whose ids are they? Name the tokenizer of the model that "
-            "sampled them with --generator-tokenizer"
-        )
-    ids = _list(given, "response_ids", "token ids", lambda i: type(i) is int and abs(i) < 2**63)
-    mask = policy = None
-    if "response_mask" in given:
-        flags = _list(given, "response_mask", "0s and 1s", lambda m: m in (0, 1), len(ids))
-        mask = [bool(flag) for flag in flags]
-    for position, i in enumerate(ids):
-        if not 0 <= i < vocab_size and (mask is None or mask[position]):
+        if fields.get("response_ids") is not None and fields.get("response") is None:
             raise InputError(
-                f"response_ids[{position}] is {i}, but the generator's tokenizer has ids 0 to "
-                f"{vocab_size - 1}; were they sampled with another tokenizer? Padding has "
-                "response_mask 0"
+                "has response_ids, but whose ids are they? Name the tokenizer of the model that "
+                "sampled them with --generator-tokenizer"
             )
-    if needs_policy:
-        if "policy_logprobs" not in given:
-            raise InputError(
-                "has no policy_logprobs; baseline=policy needs the sampler's log-prob, in nats, of "
-                "each of the response_ids"
-            )
-        policy = _list(given, "policy_logprobs", "log-probs in nats", _is_number, len(ids))
-    return Row(line, fields, prompt, None, ids, mask, policy)
+        vocab_size = 0  # there are no ids
+    row = read_row(fields, vocab_size, needs_policy=needs_policy)
+    return Good(**vars(row), line=line, fields=fields)
 
 
-def batches(rows: Iterable[Row | Bad], size: int) -> Iterator[list[Row | Bad]]:
+def batches(rows: Iterable[Good | Bad], size: int) -> Iterator[list[Good | Bad]]:
     """Lists of about `size` rows. Neighbours with one prompt stay together, up to `2 * size`."""
-    batch: list[Row | Bad] = []
+    batch: list[Good | Bad] = []
     previous = None
     for row in rows:
-        prompt = row.prompt if isinstance(row, Row) else previous
+        prompt = row.prompt if isinstance(row, Good) else previous
         if len(batch) >= 2 * size or (len(batch) >= size and prompt != previous):
             yield batch
             batch = []
@@ -168,8 +134,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise InputError(f"is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(
-            f"is {_short(fields)}; expected an object such as "
-            '{"prompt": "...", "response": "..."}'
+            f'is {short(fields)}; expected an object such as {{"prompt": "...", "response": "..."}}'
         )
     return fields
 
@@ -183,69 +148,3 @@ def _finite(number: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{number} is too large a number")
     return value
-
-
-def _one_of(given: dict[str, Any], first: str, second: str) -> str:
-    if (first in given) == (second in given):
-        amount = "both" if first in given else "neither"
-        raise InputError(
-            f"has {amount} {first} {'and' if first in given else 'nor'} {second}; expected one of "
-            "the two"
-        )
-    return first if first in given else second
-
-
-def _prompt(given: dict[str, Any]) -> Prompt:
-    name = _one_of(given, "prompt", "messages")
-    prompt = given[name]
-    is_text = name == "prompt" and isinstance(prompt, str)
-    # Trainers keep conversations under either name.
-    is_chat = isinstance(prompt, list) and len(prompt) > 0
-    if not is_text and not (is_chat and all(isinstance(m, dict) for m in prompt)):
-        raise InputError(
-            f"{name} is {_short(prompt)}; expected {'text, or ' * (name == 'prompt')}a list of "
-            'messages such as {"role": "user", "content": "..."}'
-        )
-    _check_characters(name, json.dumps(prompt, ensure_ascii=False))
-    as_messages(prompt)
-    return prompt
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _list(
-    given: dict[str, Any],
-    name: str,
-    what: str,
-    is_good: Callable[[Any], bool],
-    length: int | None = None,
-) -> list[Any]:
-    values = given[name]
-    if not isinstance(values, list):
-        raise InputError(f"{name} is {_short(values)}; expected a list of {what}")
-    for position, value in enumerate(values):
-        if not is_good(value):
-            raise InputError(f"{name}[{position}] is {_short(value)}; expected {what}")
-    if length is not None and len(values) != length:
-        raise InputError(
-            f"{name} has {len(values)} entries; expected one for each of the {length} response_ids"
-        )
-    return values
-
-
-def _check_characters(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name} holds {text[error.start]!a}, half of a surrogate pair and no character; "
-            "expected Unicode text"
-        ) from None
-
-
-def _short(value: Any) -> str:
-    """A value from the file, fit for an error message."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."

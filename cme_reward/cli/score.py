@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cme_reward.cli.jsonl import Bad, Row, whole_file
+from cme_reward.cli.jsonl import Bad, Good, whole_file
 from cme_reward.conversation.messages import Message, as_messages
 from cme_reward.errors import InputError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Scored:
     """A row and its rewards: one list entry per generator token."""
 
-    row: Row
+    row: Good
     tokens: list[str]
     token_rewards: list[float]
     token_logprobs: list[float]
@@ -34,7 +34,7 @@ class Scored:
 
 
 def score_rows(
-    scorer: CrossModelEntropy, rows: list[Row], counts: Counter[str], eos_id: int | None = None
+    scorer: CrossModelEntropy, rows: list[Good], counts: Counter[str], eos_id: int | None = None
 ) -> Iterator[Scored | Bad]:
     """Score rows in one call; where that fails, in halves, until the row to blame stands alone.
 
@@ -57,17 +57,20 @@ def score_rows(
 
 
 def _score(
-    scorer: CrossModelEntropy, rows: list[Row], counts: Counter[str], eos_id: int | None
+    scorer: CrossModelEntropy, rows: list[Good], counts: Counter[str], eos_id: int | None
 ) -> list[Scored]:
     texts = [row.response for row in rows if row.response is not None]
     encoded = iter(scorer.table.encode_batch(texts).ids)
     ending = [] if eos_id is None else [eos_id]
-    ids = [next(encoded).tolist() + ending if row.ids is None else row.ids for row in rows]
+    ids = [
+        next(encoded).tolist() + ending if row.response_ids is None else row.response_ids
+        for row in rows
+    ]
     batch = scorer(
         [row.prompt for row in rows],
         ids,
-        [row.mask for row in rows],
-        [row.policy for row in rows] if scorer.config.baseline == "policy" else None,
+        [row.response_mask for row in rows],
+        [row.policy_logprobs for row in rows] if scorer.config.baseline == "policy" else None,
     )
     counts["truncated"] += int(batch.metrics["truncated"])
     return [

@@ -12,6 +12,9 @@ from cme_reward.errors import InputError
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 
+FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
+"""What templates read of a message."""
+
 _SYSTEM = ("system", "developer")
 
 
@@ -35,6 +38,47 @@ def as_messages(prompt: Prompt) -> list[Message]:
     if not messages:
         raise InputError("a prompt holds no messages; expected at least one")
     return messages
+
+
+def plain_messages(messages: Sequence[Mapping[str, Any]], where: str) -> list[Message]:
+    """Messages as `as_messages` gives them, without fields that templates do not read.
+
+    Args:
+        messages: as a data set holds them.
+        where: they come from, for the error.
+
+    Raises:
+        InputError: for a message without a text.
+    """
+    known = [{name: m[name] for name in FIELDS if name in m} for m in messages]
+    try:
+        check_characters("it", known)
+        return as_messages(known)
+    except InputError as error:
+        raise InputError(
+            f"a message in {where} is not one ({error}); expected "
+            '{"role": "user", "content": "..."}'
+        ) from error
+
+
+def check_characters(name: str, value: Any) -> None:
+    """JSON can write half of a surrogate pair, which is no character and breaks tokenizers.
+
+    Args:
+        name: of the value, for the error.
+        value: a text, or anything made of texts, such as messages.
+
+    Raises:
+        InputError: where one of them holds such a half.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} holds {text[error.start]!a}, half of a surrogate pair and no character; "
+            "expected Unicode text"
+        ) from None
 
 
 def _message(k: int, given: Any) -> Message:

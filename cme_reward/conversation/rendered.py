@@ -17,6 +17,7 @@ from jinja2.exceptions import TemplateError
 
 from cme_reward._lru import LRU
 from cme_reward.conversation.format import PROMPTS_KEPT, Message, Prompt
+from cme_reward.conversation.messages import plain_messages
 from cme_reward.errors import InputError
 from cme_reward.spans.pieces import special_ids
 from cme_reward.spans.table import SpanTable
@@ -234,7 +235,7 @@ def messages_from_label(label: Any) -> list[Message] | None:
 
     Raises:
         InputError: if the messages end with the assistant's, which would show the verifier an
-            answer.
+            answer, or one of them is none.
     """
     if isinstance(label, str) and label.lstrip()[:1] == "[":
         try:
@@ -252,7 +253,7 @@ def messages_from_label(label: Any) -> list[Message] | None:
             f"the messages in the label end with the assistant's {answer}; "
             "expected the conversation before the response"
         )
-    return list(label)
+    return plain_messages(label, "the label")
 
 
 def _match(pattern: _Pattern, text: str) -> dict[str, str] | None:

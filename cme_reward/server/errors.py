@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cme_reward.errors import CMEError, VerifierError
-from cme_reward.server.models import ChatMessage, Refusal, ScoreRequest
+from cme_reward.server.models import PROMPT_FORMS, ChatMessage, Refusal, ScoreRequest
 
 logger = logging.getLogger("cme_reward.server")
 
@@ -76,7 +76,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
         return _refusal(request, 400, "InvalidJSON", detail)
     parts = []
     for e in found[:5]:
-        where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in e["loc"][1:])
+        path = [x for x in e["loc"][1:] if x not in PROMPT_FORMS]
+        where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in path)
         says = e["msg"]
         if e["type"] == "extra_forbidden":
             says = f"unknown field; known: {', '.join(_known_fields(e['loc']))}"

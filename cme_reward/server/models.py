@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from cme_reward.conversation.messages import as_messages
+from cme_reward._row import BY_TOKEN, FIELDS, one_of, plural
+from cme_reward.config import Level
+from cme_reward.conversation.messages import check_characters
 from cme_reward.errors import InputError
 
 
 def _whole(text: str) -> str:
-    """JSON can write half of a surrogate pair, which is no character and breaks tokenizers."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"holds {text[error.start]!a}, half of a surrogate pair; expected Unicode text"
-        ) from None
+    check_characters("the text", text)
     return text
 
 
@@ -57,36 +53,39 @@ class ChatMessage(_Strict):
 Conversation = Annotated[list[ChatMessage], Field(min_length=1)]
 
 
+PROMPT_FORMS = ("as text", "as messages")
+
+
+def _form(prompt: Any) -> str:
+    return PROMPT_FORMS[isinstance(prompt, list)]
+
+
+PromptOrMessages = Annotated[
+    Annotated[Text, Tag(PROMPT_FORMS[0])] | Annotated[Conversation, Tag(PROMPT_FORMS[1])],
+    Discriminator(_form),
+]
+
+
+def _one_each(name: str) -> Any:
+    """A list with a row's field for each response."""
+    return Field(None, description=f"For each response. {FIELDS[name]}")
+
+
 class ScoreRequest(_Strict):
     """B responses and their prompts. One prompt may stand for all of them."""
 
-    prompts: list[Text] | None = Field(
-        None, description="Prompts as text; to a chat verifier, a user message each."
-    )
-    messages: list[Conversation] | None = Field(
-        None, description="Prompts as conversations, in place of `prompts`."
-    )
-    responses: list[Text] | None = Field(None, description="Responses as text.")
-    response_ids: list[list[TokenId]] | None = Field(
-        None,
-        description="Responses as the ids that the generator sampled, in place of `responses`.",
-    )
-    response_masks: list[list[Flag]] | None = Field(
-        None,
-        description="With `response_ids`, for each id: 0 marks what a tool or an environment "
-        "wrote; it is shown to the verifier and not scored.",
-    )
-    policy_logprobs: list[list[LogProb]] | None = Field(
-        None,
-        description="With `response_ids`, for each id the sampler's own log-prob in nats, where "
-        "the server runs with `baseline=policy`.",
-    )
+    prompts: list[PromptOrMessages] | None = _one_each("prompt")
+    messages: list[Conversation] | None = _one_each("messages")
+    responses: list[Text] | None = _one_each("response")
+    response_ids: list[list[TokenId]] | None = _one_each("response_ids")
+    response_masks: list[list[Flag]] | None = _one_each("response_mask")
+    policy_logprobs: list[list[LogProb]] | None = _one_each("policy_logprobs")
     append_eos: bool = Field(
         False,
         description="With `responses`: their writers stopped by themselves, so that the end is "
         "scored too. (Ids hold the token for that.)",
     )
-    level: Literal["token", "sequence"] | None = Field(
+    level: Level | None = Field(
         None,
         description="`sequence`: leave token rewards and masks out of the reply. Default: the "
         "server's.",
@@ -113,11 +112,11 @@ class ScoreRequest(_Strict):
         Raises:
             InputError: for fields that do not fit together.
         """
-        prompts = _one_of(self, "prompts", "messages")
-        responses = _one_of(self, "responses", "response_ids")
-        for name in ("response_masks", "policy_logprobs"):
-            rows = getattr(self, name)
-            if rows is not None and self.response_ids is None:
+        given = {name: rows for name, rows in vars(self).items() if rows is not None}
+        prompts = given[one_of(given, "prompts", "messages", "got")]
+        responses = given[one_of(given, "responses", "response_ids", "got")]
+        for name in map(plural, BY_TOKEN):
+            if name in given and "response_ids" not in given:
                 raise InputError(f"{name} goes by sampled tokens; expected response_ids with it")
         if self.append_eos and self.responses is None:
             raise InputError("append_eos is for responses as text; response_ids hold the end")
@@ -130,38 +129,15 @@ class ScoreRequest(_Strict):
 
     def conversations(self, n: int) -> list[Any]:
         """A prompt for each of n responses."""
-        prompts: list[Any] = self.prompts or []
-        if self.messages is not None:
-            prompts = [[message.plain() for message in m] for m in self.messages]
+        given = self.messages if self.prompts is None else self.prompts
+        prompts = [p if isinstance(p, str) else [m.plain() for m in p] for p in given or ()]
         return prompts if len(prompts) == n else prompts * n
-
-
-def plain_messages(messages: list[Any]) -> list[dict[str, Any]]:
-    """Messages from a label, without fields that templates do not read.
-
-    Raises:
-        InputError: for a message without a text.
-    """
-    known = ChatMessage.model_fields
-    try:
-        read = [
-            ChatMessage.model_validate({key: m[key] for key in known if key in m}) for m in messages
-        ]
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise InputError(
-            f"a message in the label is not one ({first['msg']}); expected "
-            '{"role": "user", "content": "..."}'
-        ) from error
-    plain = [message.plain() for message in read]
-    as_messages(plain)
-    return plain
 
 
 class ScoreReply(BaseModel):
     """Rewards in nats: 0 is certain, and the lower, the more surprising."""
 
-    level: Literal["token", "sequence"]
+    level: Level
     verifier: str
     sequence_rewards: list[float] = Field(
         description="For each response the mean log-prob of the verifier's tokens."
@@ -236,13 +212,3 @@ class Health(BaseModel):
 class Refusal(BaseModel):
     error: str = Field(description="The kind of error, for programs.")
     detail: str = Field(description="What was expected and how to mend it, for people.")
-
-
-def _one_of(request: BaseModel, first: str, second: str) -> list[Any]:
-    given = [name for name in (first, second) if getattr(request, name) is not None]
-    if len(given) != 1:
-        raise InputError(
-            f"got {'both' if given else 'neither'} {first} {'and' if given else 'nor'} {second}; "
-            "expected one of the two"
-        )
-    return getattr(request, given[0])

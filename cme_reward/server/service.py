@@ -13,7 +13,7 @@ from cme_reward.errors import InputError
 from cme_reward.metrics import names
 from cme_reward.reward import CrossModelEntropy
 from cme_reward.server.metrics import ServerMetrics
-from cme_reward.server.models import RewardRequest, ScoreRequest, plain_messages
+from cme_reward.server.models import RewardRequest, ScoreRequest
 
 LOGGED = names("tokens", "mean", "sum")
 """Of each query, for OpenRLHF's log."""
@@ -89,7 +89,7 @@ class Service:
         def read() -> tuple[Any, list[int]]:
             ids = self.reader.ids(self.reader.response(query, prompt))
             messages = messages_from_label(label)
-            return plain_messages(messages) if messages else self.reader.prompt(prompt), ids
+            return messages or self.reader.prompt(prompt), ids
 
         try:
             short = len(query) + len(prompt) < _AT_ONCE
