@@ -55,3 +55,23 @@ def align(
         aligned.append(total)
         generator_start = generator_end
     return aligned
+
+
+def returns_to_go(
+    rewards: Sequence[float | None], sampled: Sequence[bool | int] | None = None, gamma: float = 1.0
+) -> list[float | None]:
+    """`sum_k gamma^(sampled tokens from t to k) r_k` over k >= t, one term at a time.
+
+    None stands for no reward; returned, for a token that nobody sampled or after which nothing has
+    a reward.
+    """
+    chosen = [True] * len(rewards) if sampled is None else [bool(flag) for flag in sampled]
+    found: list[float | None] = []
+    for t in range(len(rewards)):
+        terms, steps = [], 0
+        for k in range(t, len(rewards)):
+            if rewards[k] is not None:
+                terms.append(gamma**steps * (rewards[k] or 0.0))
+            steps += chosen[k]
+        found.append(sum(terms) if terms and chosen[t] else None)
+    return found

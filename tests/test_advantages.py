@@ -142,7 +142,9 @@ def test_prompts_as_messages_are_groups_of_a_batch() -> None:
 
 def test_refuses() -> None:
     ones = torch.ones(2, 3)
-    with pytest.raises(ConfigError, match="scale='max' is unknown; expected one of std, none"):
+    with pytest.raises(
+        ConfigError, match="scale='max' is unknown; expected one of std, batch, none"
+    ):
         group_advantages(ones, ones, [0, 0], scale="max")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"eps=-0\.1"):
         group_advantages(ones, ones, [0, 0], eps=-0.1)

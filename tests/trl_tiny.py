@@ -5,6 +5,7 @@ Run as a program it is one of several processes of a training: `RANK=0 ... trl_t
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import statistics
@@ -210,7 +211,7 @@ def normalised(values: list[float | None], *, scale: str, eps: float) -> list[fl
     if len(there) < 2:
         return [0.0] * len(values)
     mean, std = statistics.fmean(there), statistics.stdev(there)
-    divisor = 1.0 if scale == "none" else std + eps
+    divisor = std + eps if scale == "std" else 1.0
     return [0.0 if value is None else (value - mean) / divisor for value in values]
 
 
@@ -233,9 +234,16 @@ def expected_advantages(
             for row, advantage in zip(group, same, strict=True):
                 expected[id(row)] = [advantage] * len(row["ids"])
             continue
-        by_position = per_position([rewards for rewards, _ in scored], config)
+        by_token = [rewards for rewards, _ in scored]
+        if config.credit == "return":
+            by_token = [oracle.returns_to_go(row, gamma=config.gamma) for row in by_token]
+        by_position = per_position(by_token, config)
         for row, advantages in zip(group, by_position, strict=True):
             expected[id(row)] = advantages
+    if config.scale == "batch":
+        counted = [a for row in rows for a in expected[id(row)] if a]
+        over = math.sqrt(sum(a * a for a in counted) / (len(counted) - 1)) + config.eps
+        return [[a / over for a in expected[id(row)]] for row in rows]
     return [expected[id(row)] for row in rows]
 
 

@@ -13,7 +13,7 @@ TOKEN_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "ve
 # In these, also with importance weights of whole responses, since they are held constant.
 DETACHED_LOSSES = ("cispo", "vespo")
 
-SCALES = {"group": "std", "none": "none"}
+SCALES = {"group": "std", "batch": "batch", "none": "none"}
 
 
 def check_settings(args: Any, config: CMEConfig, *, others: bool) -> None:
@@ -39,7 +39,7 @@ def check_settings(args: Any, config: CMEConfig, *, others: bool) -> None:
         raise ConfigError(
             f"GRPOConfig(scale_rewards={args.scale_rewards!r}) would have no effect: the reward is "
             f"normalised by CMEConfig(scale={config.scale!r}). Expected scale_rewards='group' with "
-            "scale='std', or 'none' with 'none'"
+            "scale='std', 'batch' with 'batch', or 'none' with 'none'"
         )
 
 

@@ -54,14 +54,16 @@ def close(rows: list[dict[str, Any]], expected: list[list[float]]) -> None:
         CMEConfig(),
         CMEConfig(scale="none"),
         CMEConfig(eps=1e-2),
+        CMEConfig(credit="return"),
+        CMEConfig(credit="return", gamma=0.7, scale="batch"),
         SEQUENCE,
     ],
-    ids=["token", "unscaled", "eps", "sequence"],
+    ids=["token", "unscaled", "eps", "return", "return-discounted", "sequence"],
 )
 def test_advantages_in_the_loss_are_recomputed_from_the_ids(
     config: CMEConfig, tmp_path: Path
 ) -> None:
-    scale = {"std": "group", "none": "none"}[config.scale]
+    scale = {"std": "group", "batch": "batch", "none": "none"}[config.scale]
     made = tiny.trainer(tmp_path, config, max_steps=2, scale_rewards=scale)
     received = tiny.train(made)
     assert len(received) == 4  # two steps of two micro-batches

@@ -342,10 +342,17 @@ def expected_advantages(
             shared = normalised(values, scale=config.scale, eps=config.eps)
             own = [[a] * len(row["ids"]) for a, row in zip(shared, group, strict=True)]
         else:
+            by_token = [rewards for rewards, _ in scored]
+            if config.credit == "return":
+                by_token = [
+                    oracle.returns_to_go(rewards, row.get("sampled"), config.gamma)
+                    for rewards, row in zip(by_token, group, strict=True)
+                ]
             for t in range(max(len(row["ids"]) for row in group)):
+                # A penalty is there once in each return, and once in each reward.
                 column = [
                     r[t] + p if t < len(r) and r[t] is not None else None
-                    for (r, _), p in zip(scored, taken, strict=True)
+                    for r, p in zip(by_token, taken, strict=True)
                 ]
                 column = normalised(column, scale=config.scale, eps=config.eps)
                 for b, row in enumerate(group):

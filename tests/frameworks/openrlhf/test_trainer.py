@@ -96,12 +96,16 @@ def test_token_level_with_all_that_openrlhf_adds(rig: Any) -> None:
 def test_two_turns_with_an_environment_trained_while_generating(rig: Any) -> None:
     """Another actor trains then; labels carry the messages; settings are in a file.
 
-    The policy's chat template is Gemma's, and the environment writes in it between two turns.
+    The policy's chat template is Gemma's, and the environment writes in it between two turns. A
+    token is credited with what follows it.
     """
     file = rig.folder / "settings.yaml"
     file.write_text(
-        "verifier: embedded\nenvironment_weight: 0.5\ncme:\n  eps: 0.05\n", encoding="utf-8"
+        "verifier: embedded\nenvironment_weight: 0.5\n"
+        "cme:\n  eps: 0.05\n  credit: return\n  gamma: 0.8\n",
+        encoding="utf-8",
     )
+    config = CMEConfig(eps=0.05, credit="return", gamma=0.8)
     steps = train(
         rig,
         OURS,
@@ -118,9 +122,7 @@ def test_two_turns_with_an_environment_trained_while_generating(rig: Any) -> Non
     turns = []
     for rows in steps:
         whole = [runs.with_observations(row) for row in rows]
-        want = runs.expected_advantages(
-            whole, CMEConfig(eps=0.05), score=lambda row: two_turns(row, shown)
-        )
+        want = runs.expected_advantages(whole, config, score=lambda row: two_turns(row, shown))
         for row in whole:  # an environment's tokens have a position, and no advantage
             own = zip(want[row["index"]], row["sampled"], strict=True)
             want[row["index"]] = [a * sampled for a, sampled in own]
@@ -155,8 +157,10 @@ def two_turns(row: Any, shown: list[list[int]]) -> tuple[list[float | None], flo
         said = policy.decode(ids[: len(ids) - stopped])  # what the environment reads
         text = policy.decode(ids, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text})
-    bonus = 0.5 * pay(said) if False in row["sampled"] else 0.0
-    return [r if r is None else r + bonus for r in rewards], statistics.fmean(logp)
+    if False in row["sampled"]:  # what the environment pays is in every return once
+        last = max(t for t, reward in enumerate(rewards) if reward is not None)
+        rewards[last] = (rewards[last] or 0.0) + 0.5 * pay(said)
+    return rewards, statistics.fmean(logp)
 
 
 OPENRLHFS = CMEConfig(level="sequence", eps=1e-9)  # how OpenRLHF itself normalises

@@ -124,4 +124,8 @@ def test_settings_reach_where_they_are_used(config: Any) -> None:
     assert settings.cme.chat_template_kwargs == {"enable_thinking": False}
     assert settings.verifier_options == {"dtype": "float64"}
     assert EstimatorSettings.from_algorithm(config.algorithm).eps == 0.5
-    assert EstimatorSettings.from_algorithm(None) == EstimatorSettings("token", "std", 0.1)
+    plain = EstimatorSettings(level="token", credit="token", gamma=1, scale="std", eps=0.1)
+    assert EstimatorSettings.from_algorithm(None) == plain
+    given = {"credit": "return", "gamma": "0.9"}
+    assert EstimatorSettings.from_algorithm({"cme": given}).gamma == 0.9
+    assert EstimatorSettings.from_algorithm({"cme": {"credit": "sequence"}}).level == "sequence"

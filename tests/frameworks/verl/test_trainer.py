@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import oracle
 import pytest
 from transformers import AutoTokenizer
 from verl_rig import naive
@@ -141,13 +143,14 @@ def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
     """veRL hosts the verifier (a stand-in for vLLM: there is no GPU) and scores after rollouts.
 
     Started by the stock `python -m verl.trainer.main_ppo`, with the keys of `--print-config`. The
-    policy's chat template is OLMo's, of plain text, and in it an environment speaks between turns.
+    policy's chat template is OLMo's, of plain text, and in it an environment speaks between turns. A
+    token is credited with what follows it.
     """
     policy = make_policy(tmp_path / "olmo", family="olmo")
     config = {
         **base,
         **LOOPS,
-        "cme": {"verifier": "hosted"},
+        "cme": {"verifier": "hosted", "credit": "return", "gamma": 0.8},
         "actor_rollout_ref.model.path": str(policy),
         "data.max_response_length": 64,
         "reward.reward_model.model_path": str(naive.EMBEDDED),
@@ -174,7 +177,13 @@ def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
 
     def score(content: str, ids: list[int], sampled: list[int]) -> Any:
         ends.add(ids[sampled.index(0) - 1] == tokenizer.eos_token_id)
-        return naive.token_rewards(verifier, tokenizer, content, ids, sampled, observation)
+        rewards, mask = naive.token_rewards(verifier, tokenizer, content, ids, sampled, observation)
+        own = [float(r) if m else None for r, m in zip(rewards, mask, strict=True)]
+        returns = oracle.returns_to_go(own, sampled, 0.8)
+        return (
+            np.array([r or 0.0 for r in returns]),
+            np.array([r is not None for r in returns]),
+        )
 
     assert difference(done, policy, rows_per_step=16, score=score) < 1e-5
     assert ends == {True, False}  # first turns that ended, and some that were cut off
