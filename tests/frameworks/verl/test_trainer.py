@@ -143,8 +143,8 @@ def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
     """veRL hosts the verifier (a stand-in for vLLM: there is no GPU) and scores after rollouts.
 
     Started by the stock `python -m verl.trainer.main_ppo`, with the keys of `--print-config`. The
-    policy's chat template is OLMo's, of plain text, and in it an environment speaks between turns. A
-    token is credited with what follows it.
+    policy's chat template is OLMo's, of plain text, and in it an environment speaks between turns.
+    A token is credited with what follows it.
     """
     policy = make_policy(tmp_path / "olmo", family="olmo")
     config = {
