@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BUILDERS, load_tokenizer
+from tokenizer_kinds import BUILDERS, load_tokenizer
 from transformers.utils import logging
 from typer.testing import CliRunner
 

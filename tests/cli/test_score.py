@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_tokenizer, shared_rows
 from fake_engines import FakeEngine
+from tokenizer_kinds import load_tokenizer, shared_rows
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 from typer.testing import CliRunner

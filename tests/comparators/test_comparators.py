@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stubs import TableVerifier
+from tokenizer_kinds import load_tokenizer
 
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError
 from cme_reward.comparators import (

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_tokenizer
 from stubs import TableVerifier
 from tiny_models import CONFIGS, assert_equals_oracle, build, draw, trained_tokenizer
+from tokenizer_kinds import load_tokenizer
 
 import cme_reward
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, Ensemble, VerifierError

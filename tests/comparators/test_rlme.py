@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_tokenizer
 from stubs import TableVerifier, logprob_of
-from test_prompts import with_template
+from templates import with_template
+from tokenizer_kinds import load_tokenizer
 
 import cme_reward
 from cme_reward import (

@@ -4,9 +4,9 @@ import random
 from typing import Any
 
 import pytest
-from conftest import load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import load_tokenizer
 
 from cme_reward import SpanTable
 from cme_reward.comparators import TTRL, final_answer

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REAL, load_tokenizer
 from stubs import TableVerifier
+from templates import LLAMA2, with_template
+from tokenizer_kinds import REAL, load_tokenizer
 
 from cme_reward import CMEConfig, CrossModelEntropy, InputError
 from cme_reward._keys import prompt_key
@@ -24,22 +24,12 @@ STRICT = (
     "<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-LLAMA2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
-)
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>"
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
     "{% endif %}"
 )
-
-
-def with_template(name: str, template: str | None) -> Any:
-    tokenizer = copy.deepcopy(load_tokenizer(name))
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def rendered(tokenizer: Any, prompt: Any, config: CMEConfig = CMEConfig()) -> str:  # noqa: B008

@@ -7,40 +7,14 @@ import json
 from typing import Any
 
 import pytest
-from conftest import CHATML, REAL, load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from templates import TEMPLATES
+from tokenizer_kinds import CHATML, REAL, load_tokenizer
 
 from cme_reward import InputError, SpanTable
 from cme_reward.conversation.rendered import RenderedReader, messages_from_label
 
-QWEN = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
-    "{% endif %}" + CHATML
-)
-LLAMA2 = (
-    "{% if messages[0].role == 'system' %}"
-    "{% set system, rest = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] %}"
-    "{% else %}{% set system, rest = '', messages %}{% endif %}"
-    "{% for m in rest %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ system if loop.index0 == 0 else '' }}"
-    "{{ m.content.strip() }} [/INST]"
-    "{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"
-)
-GEMMA = (  # no system role: at the head of the user's first message
-    "{% if messages[0].role == 'system' %}{% set system, rest = messages[0].content + '\n\n', "
-    "messages[1:] %}{% else %}{% set system, rest = '', messages %}{% endif %}"
-    "{% for m in rest %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ system if loop.first else '' }}{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
-)
-DATED = (
-    "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.\n"
-    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}"
-    "{% set messages = messages[1:] %}{% endif %}<|im_end|>\n" + CHATML
-)
-TEMPLATES = {"chatml": CHATML, "qwen": QWEN, "llama2": LLAMA2, "gemma": GEMMA, "dated": DATED}
 ASK = [{"role": "user", "content": "What is 2 + 3?\n\nSay it in one word."}]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 TALK = [
@@ -103,7 +77,7 @@ def test_a_date_is_taken_from_the_prompt(start: str) -> None:
 
     White space of the template counts, the part that jinja trims at its start included.
     """
-    dated = start + DATED
+    dated = start + TEMPLATES["dated"]
     tokenizer = generator(dated)
     reader = RenderedReader(tokenizer)
 
@@ -122,7 +96,7 @@ def test_a_date_is_taken_from_the_prompt(start: str) -> None:
 
 
 def test_a_prompt_in_plain_text_is_one() -> None:
-    tokenizer = generator(LLAMA2, "sentencepiece-dummy")
+    tokenizer = generator("llama2", "sentencepiece-dummy")
     assert RenderedReader(tokenizer).prompt("<s>Once upon a <s> time") == "Once upon a <s> time"
     assert RenderedReader(load_tokenizer("sentencepiece")).prompt("Q: 2?\nA:") == "Q: 2?\nA:"
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHATML, load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stubs import TableVerifier, logprob_of
+from tokenizer_kinds import CHATML, load_tokenizer
 
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy
 from cme_reward.conversation.thinking import Piece, split_thoughts

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from stubs import TableVerifier
+from tokenizer_kinds import load_tokenizer
 
 from cme_reward import ConfigError, CrossModelEntropy, InputError, group_advantages
 

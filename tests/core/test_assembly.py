@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stubs import TableVerifier, logprob_of
+from tokenizer_kinds import TEXTS, load_tokenizer
 
 from cme_reward import CMEConfig, CrossModelEntropy, Ensemble, InputError, SpanTable
 from cme_reward.conversation.turns import split_turns

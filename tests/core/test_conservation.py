@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from conftest import BUILDERS, REAL, SHARED, TEXTS, load_tokenizer, shared_rows
+from tokenizer_kinds import BUILDERS, REAL, SHARED, TEXTS, load_tokenizer, shared_rows
 
 from cme_reward import SpanTable, align_batch
 from cme_reward.spans.table import Encoded

@@ -1,4 +1,4 @@
-"""A few of the random conversations that `python tests/exactness.py` checks a million of."""
+"""A few of the random conversations that `tests/support/exactness.py` checks a million of."""
 
 from __future__ import annotations
 

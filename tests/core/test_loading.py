@@ -48,7 +48,7 @@ def test_serve_loads_its_verifier_there(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(cme_reward.verifiers, "load_verifier", load_verifier)
     monkeypatch.setattr(run, "run", lambda app, bound, settings: served.append(app) or 0)
-    generator = str(Path(__file__).parents[1] / "examples" / "generator")
+    generator = str(Path(__file__).parents[2] / "examples" / "generator")
     command = ["serve", "--verifier", "embedded", "--generator-tokenizer", generator]
     result = CliRunner().invoke(app, [*command, "--port", "0", "--linger", "0.5"])
     assert result.exit_code == 0, result.output

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import load_tokenizer
 from stubs import logprob_of
+from tokenizer_kinds import load_tokenizer
 
 from cme_reward import CrossModelEntropy
 

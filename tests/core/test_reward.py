@@ -10,11 +10,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import TEXTS, load_tokenizer, shared_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stubs import TableVerifier, logprob_of
-from test_prompts import LLAMA2, with_template
+from templates import LLAMA2, with_template
+from tokenizer_kinds import TEXTS, load_tokenizer, shared_rows
 
 from cme_reward import (
     CMEConfig,

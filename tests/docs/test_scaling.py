@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_models import CONFIGS, SIZES, build
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from conftest import TEXTS, load_tokenizer
-from server_tools import PATIENCE, Gated, serving, until
+from server_tools import GOOD, IDS, Gated, refused, run, serving
 from stubs import TableVerifier
+from tokenizer_kinds import TEXTS, load_tokenizer
+from waiting import PATIENCE, until
 
 from cme_reward import CMEConfig, CrossModelEntropy, Ensemble, load_verifier
 from cme_reward.server import create_app
@@ -36,10 +36,6 @@ def embedded() -> Any:
 @pytest.fixture(scope="module")
 def generator() -> Any:
     return load_tokenizer("byte-level")
-
-
-def run(test: Callable[[], Awaitable[Any]]) -> Any:
-    return asyncio.run(test())  # type: ignore[arg-type]
 
 
 def ask(verifier: Any, tokenizer: Any, path: str, body: Any, **options: Any) -> Any:
@@ -150,17 +146,6 @@ def test_what_openrlhf_may_not_send(query: str, prompt: str, label: Any, message
     body = json.dumps({"query": [query], "prompts": [prompt], "labels": [label]}).encode()
     got = ask(table(), load_tokenizer("byte-level"), "/get_reward", body)
     refused(got, 422, "InputError", message)
-
-
-def refused(got: Any, status: int, error: str, message: str) -> None:
-    assert got.status_code == status, got.text
-    assert got.json().keys() == {"error", "detail"}
-    assert got.json()["error"] == error
-    assert re.search(message, got.json()["detail"]), got.json()["detail"]
-
-
-GOOD = {"prompts": ["a"], "responses": ["b"]}
-IDS = {"prompts": ["a"], "response_ids": [[5, 6]]}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from conftest import load_tokenizer
-from server_tools import PATIENCE, Gated, serving, until
+from server_tools import GOOD, IDS, Gated, refused, run, serving
 from stubs import TableVerifier
-from test_server import GOOD, IDS, refused, run
+from tokenizer_kinds import load_tokenizer
+from waiting import PATIENCE, until
 
 from cme_reward import ConfigError
 from cme_reward.server import ServerSettings, create_app

@@ -16,17 +16,17 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import TEXTS
-from server_tools import PATIENCE, Program, until
-from test_server import refused
+from server_tools import Program, refused
+from tokenizer_kinds import TEXTS
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from typer.testing import CliRunner
+from waiting import PATIENCE, until
 
 from cme_reward import CrossModelEntropy, load_verifier
 from cme_reward.cli.app import app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GENERATOR = ROOT / "examples" / "generator"
 MODELS = ("--verifier", "embedded", "--generator-tokenizer", str(GENERATOR), "--device", "cpu")
 TOKEN = "correct-horse-battery-staple"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, REAL, SHARED, TEXTS, load_tokenizer
 from fake_engines import FakeEngine
+from tokenizer_kinds import CHATML, REAL, SHARED, TEXTS, load_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from conftest import BUILDERS, REAL, TEXTS, load_tokenizer, shared_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import BUILDERS, REAL, TEXTS, load_tokenizer, shared_rows
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 

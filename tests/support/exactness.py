@@ -1,7 +1,9 @@
 """Random conversations, scored by the package and by loops that know how they were made.
 
-    python tests/exactness.py --cases 1000000 --processes 2     # CME_SHARED adds real tokenizers
-    python tests/exactness.py --cases 1000000 --record FILE     # goes on where it was stopped
+    python tests/support/exactness.py --cases 1000000 --processes 2
+    python tests/support/exactness.py --cases 1000000 --record FILE   # goes on where it stopped
+
+CME_SHARED adds real tokenizers.
 
 Pairs of tokenizers x texts x cut and split ids x turns x thoughts x masks x EOS x ensembles. What
 each verifier was shown must be its own template over exactly the messages of which the case was
@@ -27,12 +29,13 @@ from typing import Any
 import numpy as np
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-from conftest import REAL, load_tokenizer
+from observations import SAID, expected, message, speakers, tail
 from oracle import byte_cells
 from stubs import TableVerifier
 from templates import chat_tokenizer
+from tokenizer_kinds import REAL, load_tokenizer
 
 from cme_reward import CMEConfig, CrossModelEntropy
 from cme_reward.verifiers import Ensemble
@@ -129,8 +132,6 @@ def observed_ids(
 ) -> tuple[list[int], list[Any], str]:
     """What an environment wrote after a turn, in the generator's template, and its messages; and
     what the template puts at the start of the next turn."""
-    from test_environment import SAID, expected, message, speakers, tail
-
     tokenizer = chat_tokenizer(name)
     roles = [role for role in speakers(name) if role in ("user", "tool")] or speakers(name)
     role = r.choice(roles)

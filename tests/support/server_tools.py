@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,18 @@ from typing import Any
 import httpx
 import numpy as np
 from stubs import TableVerifier
+from waiting import PATIENCE
 
 from cme_reward import VerifierError
 from cme_reward.server import create_app
 from cme_reward.verifiers.base import TokenIds
 
-PATIENCE = 60.0  # seconds until something that never comes is called that
+GOOD = {"prompts": ["a"], "responses": ["b"]}
+IDS = {"prompts": ["a"], "response_ids": [[5, 6]]}
+
+
+def run(test: Callable[[], Awaitable[Any]]) -> Any:
+    return asyncio.run(test())  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -107,10 +114,8 @@ class Program:
         return status
 
 
-def until(condition: Callable[[], bool]) -> None:
-    tick = threading.Event()
-    for _ in range(int(PATIENCE / 0.02)):
-        if condition():
-            return
-        tick.wait(0.02)
-    raise AssertionError("waited in vain")
+def refused(got: Any, status: int, error: str, message: str) -> None:
+    assert got.status_code == status, got.text
+    assert got.json().keys() == {"error", "detail"}
+    assert got.json()["error"] == error
+    assert re.search(message, got.json()["detail"]), got.json()["detail"]

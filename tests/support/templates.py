@@ -9,9 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import trl
-from conftest import CHATML, REAL, load_tokenizer
-from test_rendered import TEMPLATES
+from tokenizer_kinds import CHATML, REAL, load_tokenizer
 
+QWEN = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    "{% endif %}" + CHATML
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+LLAMA2_WITH_SYSTEM = (
+    "{% if messages[0].role == 'system' %}"
+    "{% set system, rest = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] %}"
+    "{% else %}{% set system, rest = '', messages %}{% endif %}"
+    "{% for m in rest %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ system if loop.index0 == 0 else '' }}"
+    "{{ m.content.strip() }} [/INST]"
+    "{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (  # no system role: at the head of the user's first message
+    "{% if messages[0].role == 'system' %}{% set system, rest = messages[0].content + '\n\n', "
+    "messages[1:] %}{% else %}{% set system, rest = '', messages %}{% endif %}"
+    "{% for m in rest %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ system if loop.first else '' }}{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+DATED = (
+    "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}"
+    "{% set messages = messages[1:] %}{% endif %}<|im_end|>\n" + CHATML
+)
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -42,6 +71,13 @@ PLAIN = (  # no brackets and no special token but the end
     "{{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
+TEMPLATES = {
+    "chatml": CHATML,
+    "qwen": QWEN,
+    "llama2": LLAMA2_WITH_SYSTEM,
+    "gemma": GEMMA,
+    "dated": DATED,
+}
 WRITTEN = {
     **TEMPLATES,
     "mistral-like": MISTRAL,
@@ -70,6 +106,12 @@ NAMES = [
     *(f"trl:{name}/special" for name in OF_TRL),
     *OF_SHARED,
 ]
+
+
+def with_template(name: str, template: str | None) -> Any:
+    tokenizer = copy.deepcopy(load_tokenizer(name))
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 @cache

@@ -26,7 +26,7 @@ from cme_reward import CMEConfig, SpanTable, load_verifier
 from cme_reward.conversation.format import PromptFormat
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
-GENERATOR = Path(__file__).parent.parent / "examples" / "generator"
+GENERATOR = Path(__file__).parents[2] / "examples" / "generator"
 QUESTIONS = ["What is 2 + 3?", "Tom has 4 pens and buys 1.", "Say hello.", "Why?"]
 CHAT = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
 EOS = 1

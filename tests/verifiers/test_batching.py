@@ -7,58 +7,27 @@ import gc
 import pickle
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_tokenizer
 from fake_engines import FakeEngine
-from stubs import TableVerifier, logprob_of
+from stubs import GatedVerifier, TableVerifier, logprob_of
+from tokenizer_kinds import load_tokenizer
+from waiting import PATIENCE, until
 
 from cme_reward import CMEBatch, CMEConfig, ConfigError, CrossModelEntropy, VerifierError
 from cme_reward.scoring import AT_ONCE
 from cme_reward.verifiers import Ensemble, load_verifier
-from cme_reward.verifiers.base import TokenIds
 from cme_reward.verifiers.batching import BatchingVerifier
 from cme_reward.verifiers.endpoint import EndpointVerifier
-
-PATIENCE = 30.0  # seconds until something that never comes is called that
-
-
-class GatedVerifier(TableVerifier):
-    """Holds calls until it is let go, and remembers them all."""
-
-    def __init__(self) -> None:
-        super().__init__(load_tokenizer("byte-level"))
-        self.gate = threading.Event()
-        self.busy = threading.Event()
-        self.calls: list[list[list[int]]] = []
-
-    def logprobs(
-        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
-    ) -> list[np.ndarray]:
-        self.calls.append([list(prompt) for prompt in prompts])
-        self.busy.set()
-        assert self.gate.wait(PATIENCE)
-        if any(13 in prompt for prompt in prompts):
-            raise VerifierError("does not like 13")
-        return super().logprobs(prompts, responses)
 
 
 def waits(shared: BatchingVerifier, n: int) -> Callable[[], bool]:
     return lambda: shared.waiting == n
-
-
-def until(condition: Callable[[], bool]) -> None:
-    tick = threading.Event()
-    for _ in range(int(PATIENCE / 0.01)):
-        if condition():
-            return
-        tick.wait(0.01)
-    raise AssertionError("waited in vain")
 
 
 def queue_up(

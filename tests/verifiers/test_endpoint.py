@@ -11,15 +11,15 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import load_tokenizer
-from fake_engines import FakeEngine, Fault, true_logprobs
+from endpoint_tools import QUICK, assert_same, batch, expected, fake
+from fake_engines import Fault
+from tokenizer_kinds import load_tokenizer
 
 from cme_reward import ConfigError, CrossModelEntropy, VerifierError, load_verifier
 from cme_reward.verifiers import vllm, vllm_generate
@@ -31,62 +31,10 @@ from cme_reward.verifiers.replicas import Rejected
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
-ENGINES = ["vllm", "sglang"]
-QUICK: dict[str, Any] = {"start_seconds": 10.0, "total_seconds": 60.0, "request_seconds": 30.0}
 RECORDINGS = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted((Path(__file__).parent / "recordings" / "vllm").glob("*.json"))
 }
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def verifiers() -> Iterator[Any]:
-    """Makes verifiers that are closed at the end."""
-    made: list[EndpointVerifier] = []
-
-    def make(engine: str, *fakes: FakeEngine, **options: Any) -> EndpointVerifier:
-        options = QUICK | {"tokenizer": fakes[0].tokenizer} | options
-        spec = f"{engine}:{','.join(fake.url for fake in fakes)}"
-        verifier = load_verifier(spec, **options)
-        assert isinstance(verifier, EndpointVerifier)
-        made.append(verifier)
-        return verifier
-
-    yield make
-    for verifier in made:
-        verifier.close()
-
-
-def fake(engine: str, tokenizer: str = "byte-level", **options: Any) -> FakeEngine:
-    return FakeEngine(engine, load_tokenizer(tokenizer), **options)
-
-
-def batch(n_groups: int, rollouts: int, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
-    rng = np.random.default_rng(seed)
-    prompts = [rng.integers(300, size=rng.integers(1, 30)).tolist() for _ in range(n_groups)]
-    responses = [
-        rng.integers(300, size=n).tolist() for n in rng.integers(0, 40, n_groups * rollouts)
-    ]
-    return [p for p in prompts for _ in range(rollouts)], responses
-
-
-def expected(prompts: list[list[int]], responses: list[list[int]], shift: float = 0) -> list[Any]:
-    return [
-        (true_logprobs(p + r)[len(p) - 1 :] - shift).astype(np.float32)
-        for p, r in zip(prompts, responses, strict=True)
-    ]
-
-
-def assert_same(got: list[np.ndarray], wanted: list[np.ndarray]) -> None:
-    assert len(got) == len(wanted)
-    for row, other in zip(got, wanted, strict=True):
-        assert row.dtype == np.float32
-        assert row.tolist() == other.tolist()
 
 
 def test_every_response_has_its_own_logprobs_in_order(engine: str, verifiers: Any) -> None:

@@ -15,14 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_engines
 import pytest
-from conftest import load_tokenizer
+from endpoint_tools import assert_same, batch, expected, fake
 from fake_engines import FakeEngine, Fault
-from test_endpoint import assert_same, batch, engine, expected, fake, verifiers
+from tokenizer_kinds import load_tokenizer
+from waiting import eventually
 
 from cme_reward import VerifierError
-
-__all__ = ["engine", "verifiers"]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -288,7 +288,7 @@ def test_killed_in_the_middle_of_a_batch_and_restarted(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("fake_engines.py"))]
+    command = [sys.executable, fake_engines.__file__]
     command += [engine, str(port), str(tmp_path)]
 
     def serve() -> subprocess.Popen[str]:
@@ -325,12 +325,3 @@ def test_killed_in_the_middle_of_a_batch_and_restarted(
             if process is not None:
                 process.kill()
                 process.communicate()
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True

@@ -11,20 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_tokenizer
+from endpoint_tools import assert_same, expected, fake
 from fake_engines import Fault
 from forks import in_a_fork
-from stubs import TableVerifier, logprob_of
-from test_batching import PATIENCE, GatedVerifier, until
-from test_endpoint import assert_same, engine, expected, fake, verifiers
-from test_endpoint_faults import eventually
+from stubs import GatedVerifier, TableVerifier, logprob_of
+from tokenizer_kinds import load_tokenizer
+from waiting import PATIENCE, eventually, until
 
 from cme_reward import CrossModelEntropy, load_verifier
 from cme_reward._lru import LRU
 from cme_reward.verifiers.batching import BatchingVerifier
 from cme_reward.verifiers.endpoint import EndpointVerifier
-
-__all__ = ["engine", "verifiers"]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning",

@@ -9,14 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from endpoint_tools import assert_same, expected, fake
 from fake_engines import FakeEngine, Fault
-from test_endpoint import assert_same, expected, fake, verifiers
-from test_endpoint_faults import eventually
+from waiting import eventually
 
 from cme_reward import VerifierError
 from cme_reward.verifiers.replicas import Replicas, Unreachable
-
-__all__ = ["verifiers"]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"

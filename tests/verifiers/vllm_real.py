@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
-from engines.vllm_server import BACKEND, KEY, MODELS, START_SECONDS, Server, forget_peak, peak
 from transformers import AutoTokenizer
+from vllm_server import BACKEND, KEY, MODELS, START_SECONDS, Server, forget_peak, peak
 
 from cme_reward import CMEBatch, CMEConfig, CrossModelEntropy, VerifierError, load_verifier
 

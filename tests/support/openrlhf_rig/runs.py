@@ -17,7 +17,7 @@ from typing import Any
 
 import oracle
 import torch
-from conftest import load_tokenizer
+from tokenizer_kinds import load_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from cme_reward import CMEConfig, SpanTable, load_verifier

@@ -3,7 +3,7 @@
 Loaded into every process of a run by `VERL_USE_EXTERNAL_MODULES=verl_rig`, with
 `VERL_PLATFORM=cpu`. It registers a CPU platform, FSDP on the CPU, `hfcpu` (a rollout engine that
 generates with transformers), and under the names `vllm` and `sglang` a STAND-IN for the engines
-that veRL hosts a verifier with: the protocols of tests/fake_engines.py, log-probs of a real model.
+that veRL hosts a verifier with: the protocols of fake_engines.py, log-probs of a real model.
 Everything else is veRL's own. What reaches the actor's loss is written to `VERL_RIG_RECORD`.
 """
 

@@ -1,8 +1,8 @@
 """Does the policy learn? `python -m verl_rig.learning FOLDER [SPEC] [STEPS] [KEY=VALUE ...]`.
 
-From tests/. Trains the tiny policy on one verifier in veRL's real trainer, then lets the embedded
-verifier read the rollouts of every step: a curve that runs with different verifiers share. Seeds
-are fixed.
+From tests/support/. Trains the tiny policy on one verifier in veRL's real trainer, then lets the
+embedded verifier read the rollouts of every step: a curve that runs with different verifiers
+share. Seeds are fixed.
 """
 
 from __future__ import annotations

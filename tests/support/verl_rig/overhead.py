@@ -1,9 +1,9 @@
-"""What the adapter costs at the paper's shapes: `python -m verl_rig.overhead FOLDER`, from tests/.
+"""What the adapter costs at the paper's shapes: `python -m verl_rig.overhead FOLDER`.
 
-veRL's real trainer on 16 prompts x 8 responses x 2,048 tokens of English, its processes sampled by
-py-spy (`pip install py-spy`) from the end of the first step on. The adapter's are all samples of
-the process that holds the verifier but those in its forward passes, and in other processes the
-samples whose innermost frame of cme_reward or veRL is cme_reward's.
+From tests/support/. veRL's real trainer on 16 prompts x 8 responses x 2,048 tokens of English, its
+processes sampled by py-spy (`pip install py-spy`) from the end of the first step on. The adapter's
+are all samples of the process that holds the verifier but those in its forward passes, and in other
+processes the samples whose innermost frame of cme_reward or veRL is cme_reward's.
 """
 
 # pyright: reportMissingImports=false

@@ -1,6 +1,7 @@
-"""veRL's own CPU tests here: `python -m verl_rig.peer VERL.tar.gz [PYTEST OPTIONS]`, from tests/.
+"""veRL's own CPU tests here: `python -m verl_rig.peer VERL.tar.gz [PYTEST OPTIONS]`.
 
-They come with veRL's source distribution, and look for the package beside themselves.
+From tests/support/. They come with veRL's source distribution, and look for the package beside
+themselves.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Generator:
         self.config, self.global_steps = config, 0
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.seen: Counter[tuple[int, ...]] = Counter()
-        documents = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+        documents = sorted((Path(__file__).parents[3] / "docs").glob("*.md"))
         text = "\n".join(document.read_text(encoding="utf-8") for document in documents)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self.script: list[int] = self.tokenizer.encode(text, add_special_tokens=False)

@@ -17,7 +17,8 @@ from typing import Any
 
 from cme_reward.verl.launch import to_override
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+SUPPORT = Path(__file__).resolve().parents[1]
 STEP = re.compile(r"step:(\d+) - (.*)")
 
 
@@ -117,7 +118,7 @@ def start(
         overrides = [*(f"{key}={to_override(value)}" for key, value in config.items()), *overrides]
     arguments = [str(file), *overrides] if module == "cme_reward.verl" else list(overrides)
     environ = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
         "VERL_USE_EXTERNAL_MODULES": "verl_rig",
         "VERL_PLATFORM": "cpu",
         "VERL_RIG_RECORD": str(folder / "record"),

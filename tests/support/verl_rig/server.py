@@ -1,6 +1,6 @@
 """A verifier behind HTTP, to be killed: `python -m verl_rig.server PORT`.
 
-STAND-IN for a vLLM server: its protocol, from tests/fake_engines.py, with log-probs of a small
+STAND-IN for a vLLM server: its protocol, from fake_engines.py, with log-probs of a small
 model, that of the trainer's tests.
 """
 
