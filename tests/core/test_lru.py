@@ -4,13 +4,15 @@ import pickle
 import threading
 
 import pytest
+from forks import in_a_fork
 
 from cme_reward._lru import LRU
 
 
 def kept(cache: LRU[str], *keys: str) -> str:
-    """Those of the keys that the cache still holds; asking does not change it."""
-    return "".join(key for key in keys if key in cache._values)
+    """Those of the keys that the cache still holds, which are used by asking in this order."""
+    too_heavy = cache.weight + 1  # so that what is made to answer here is not kept
+    return "".join(key for key in keys if cache.get(key, str, too_heavy))
 
 
 def test_the_values_used_last_stay():
@@ -55,3 +57,26 @@ def test_nobody_waits_for_the_value_of_another_key():
     go_on.set()
     thread.join()
     assert kept(cache, "quick", "slow") == "quickslow"
+
+
+def test_a_cache_that_was_being_changed_starts_empty_in_a_fork():
+    cache: LRU[str] = LRU(2, 10)
+    cache.get("a", lambda: "A", 1)
+    assert in_a_fork(lambda: (len(cache), cache.get("a", str, 1))) == (1, "A")
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Key:
+        """Holds the cache up where it looks the key up."""
+
+        def __hash__(self) -> int:
+            inside.set()
+            assert go_on.wait(60)
+            return 0
+
+    thread = threading.Thread(target=cache.get, args=(Key(), str, 11))
+    thread.start()
+    assert inside.wait(60)
+    assert in_a_fork(lambda: (len(cache), cache.get("b", lambda: "B", 1))) == (0, "B")
+    go_on.set()
+    thread.join()
+    assert cache.get("a", str, 1) == "A"

@@ -11,6 +11,7 @@ import pytest
 
 import cme_reward
 
+REPOSITORY = Path(__file__).parents[2]
 PUBLIC = [
     "CMEBatch",
     "CMEConfig",
@@ -93,7 +94,7 @@ framework's from no other framework's."""
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
-    """Modules of the package that a file imports, and whether it does when it is imported."""
+    """What a file imports, modules and names in them, and whether it does when it is imported."""
 
     def visit(node: ast.AST, at_once: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -109,9 +110,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, at_once)
 
-    for name, at_once in visit(ast.parse(path.read_text()), True):
-        if name.partition(".")[0] == "cme_reward":
-            yield name, at_once
+    yield from visit(ast.parse(path.read_text()), True)
 
 
 def modules() -> dict[str, Path]:
@@ -133,8 +132,9 @@ def test_no_room_imports_from_a_higher_one() -> None:
             continue
         own = name.split(".")[1]
         for imported, _ in imports_of(path):
-            other = f"{imported}.".split(".")[1]
-            if other in rank:
+            package, _, inner = imported.partition(".")
+            other = inner.partition(".")[0]
+            if package == "cme_reward" and other in rank:
                 assert rank[other] <= rank[own], f"{name} imports {imported}"
                 assert own == other or not {own, other} <= frameworks, f"{name} imports {imported}"
 
@@ -150,6 +150,26 @@ def test_modules_do_not_import_in_a_circle() -> None:
         {name: needs - {"cme_reward"} for name, needs in graph.items()}
     )
     assert set(sorter.static_order()) >= set(found) - {"cme_reward"}
+
+
+def test_no_test_imports_a_test() -> None:
+    """What tests share is in tests/support; a conftest that is imported is loaded twice."""
+    modules = {path.stem for path in (REPOSITORY / "tests").rglob("test_*.py")} | {"conftest"}
+    for path in (REPOSITORY / "tests").rglob("*.py"):
+        for imported, _ in imports_of(path):
+            assert not modules & set(imported.split(".")), f"{path} imports {imported}"
+
+
+@pytest.mark.parametrize("folder", ["adapters", "benchmarks", "examples", "scripts", "tests"])
+def test_private_modules_are_the_packages_own(folder: str) -> None:
+    """Only the test of a module, `test_NAME.py`, imports what is private of it."""
+    for path in (REPOSITORY / folder).rglob("*.py"):
+        for imported, _ in imports_of(path):
+            package, *parts = imported.split(".")
+            private = [part for part in parts if part.startswith("_") and part[1] != "_"]
+            if package == "cme_reward" and private:
+                tested = {f"test_{part.lstrip('_')}" for part in parts}
+                assert path.stem in tested, f"{path} imports {imported}"
 
 
 def test_package_data_is_there_and_small() -> None:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from two_ranks import in_two_processes
 
 SHARING: dict[str, dict[str, Any]] = {
     "fsdp": {
@@ -41,31 +41,8 @@ def sharded(folder: Path, kind: str) -> list[dict[str, Any]]:
     """What `main` saves, for each process."""
     import torch
 
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in (0, 1):
-        environ = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_TORCH_DEVICE": "cpu",
-            "DS_ACCELERATOR": "cpu",
-        }
-        command = [sys.executable, __file__, str(folder), kind]
-        processes.append(
-            subprocess.Popen(
-                command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=280)[0] for process in processes]
-    if any("EADDRINUSE" in output for output in outputs):  # somebody was quicker to take the port
-        return sharded(folder, kind)
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    environ = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    in_two_processes(__file__, str(folder), kind, seconds=280, **environ)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -5,10 +5,7 @@ Run as a program it is one of several processes of a training: `RANK=0 ... trl_t
 
 from __future__ import annotations
 
-import os
-import socket
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from fractions import Fraction
@@ -21,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
+from two_ranks import in_two_processes
 
 from cme_reward import CMEConfig, SpanTable, load_verifier
 from cme_reward.conversation.format import PromptFormat
@@ -269,30 +267,7 @@ def text_length(text: str) -> int:
 
 def two_processes(folder: Path, reward: str) -> list[Any]:
     """What `main` saves, of a training of two processes that share the rollouts of one prompt."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in (0, 1):
-        environ = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        }
-        command = [sys.executable, __file__, str(folder), reward]
-        processes.append(
-            subprocess.Popen(
-                command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    if any("EADDRINUSE" in output for output in outputs):  # somebody was quicker to take the port
-        return two_processes(folder, reward)
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    in_two_processes(__file__, str(folder), reward, seconds=120, ACCELERATE_USE_CPU="true")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -19,7 +19,6 @@ from tokenizer_kinds import load_tokenizer
 from waiting import PATIENCE, eventually, until
 
 from cme_reward import CrossModelEntropy, load_verifier
-from cme_reward._lru import LRU
 from cme_reward.verifiers.batching import BatchingVerifier
 from cme_reward.verifiers.endpoint import EndpointVerifier
 
@@ -185,12 +184,3 @@ def test_a_verifier_in_process_that_was_at_work() -> None:
     assert n == 1
     for got, wanted in zip(there, here, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
-
-
-def test_a_cache_that_was_being_changed_starts_empty() -> None:
-    cache: LRU[str] = LRU(2, 10)
-    cache.get("a", lambda: "A", 1)
-    assert in_a_fork(lambda: (len(cache), cache.get("a", str, 1))) == (1, "A")
-    with cache._turn:
-        assert in_a_fork(lambda: (len(cache), cache.get("b", lambda: "B", 1))) == (0, "B")
-    assert cache.get("a", str, 1) == "A"
