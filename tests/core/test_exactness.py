@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import exactness
+import numpy as np
 import pytest
+from stubs import TableVerifier
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -15,18 +19,13 @@ def test_random_conversations_are_scored_as_the_loops_do(seed: int) -> None:
 
 
 def test_the_loops_see_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reward a billionth off, text that nobody sampled: the check would tell."""
-    from cme_reward import scoring
-
+    """A log-prob a millionth off: the check would tell."""
     assert exactness.off(-1.5 - 3e-7, -1.5)
     assert not exactness.off(float(exactness.np.float32(-1 / 3)), -1 / 3)
-    place = scoring._place
+    answer = TableVerifier.logprobs
 
-    def one_off(*args: object) -> object:
-        aligned, covered, shares = place(*args)  # type: ignore[arg-type]
-        for row in aligned:
-            row[:1] += 1e-6
-        return aligned, covered, shares
+    def one_off(*args: Any) -> list[np.ndarray]:
+        return [row + np.float32(1e-6) for row in answer(*args)]
 
-    monkeypatch.setattr(scoring, "_place", one_off)
+    monkeypatch.setattr(TableVerifier, "logprobs", one_off)
     assert "wanted" in str(exactness.run(1, 50)["complaints"])

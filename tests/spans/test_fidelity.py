@@ -22,7 +22,6 @@ from cme_reward.cli.check_pair import Uniform, check
 from cme_reward.comparators import load_reward
 from cme_reward.loading import load_tokenizer as load_by_name
 from cme_reward.server import run
-from cme_reward.spans import fidelity
 from cme_reward.spans.fidelity import differences, load_faithful, require_faithful
 from cme_reward.spans.pieces import plain_backend
 from cme_reward.spans.prose import lost_prose
@@ -41,11 +40,6 @@ WRONG_NAMES = [
     "Qwen2Tokenizer",
     "CohereTokenizerFast",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fidelity, "_TOLD", set())
 
 
 def saved(folder: Path, tokenizer_class: str, kind: str = "byte-level-nfc", **more: Any) -> Path:
@@ -289,8 +283,8 @@ def test_the_command_line_loads_it_as_it_is_and_says_so(tmp_path: Path) -> None:
     assert found.stderr.count("does not load this tokenizer as it is") == said
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Hi", "response": "A one. Two"}))
-    fidelity._TOLD.clear()
-    scored = CliRunner().invoke(app, ["score", str(rows), "--generator-tokenizer", str(folder)])
+    other = str(saved(tmp_path / "other", "LlamaTokenizerFast"))  # it is said once for each
+    scored = CliRunner().invoke(app, ["score", str(rows), "--generator-tokenizer", other])
     assert scored.exit_code == 0, scored.output
     assert "".join(json.loads(scored.stdout)["tokens"]) == "A one. Two"
     assert scored.stderr.count("does not load this tokenizer as it is") == said

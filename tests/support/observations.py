@@ -33,10 +33,10 @@ def tail(tokenizer: Any, observations: list[Any]) -> str | None:
         return None
     after = whole.rpartition(SAID)[2]
     contents = [m["content"] for m in observations]
-    return after if all(c in after or _json(c) in after for c in contents) else None
+    return after if all(c in after or in_json(c) in after for c in contents) else None
 
 
-def _json(content: str) -> str:
+def in_json(content: str) -> str:
     return json.dumps(content, ensure_ascii=False)[1:-1]
 
 

@@ -149,7 +149,7 @@ def test_calls_that_wait_for_a_verifier_stay_in_the_first_process() -> None:
             inner.gate.set()
             return shared.logprobs([[5]], [[6, 7]]), shared.waiting
 
-        with shared._lock:  # as another thread might hold it
+        with shared._lock:  # as another thread might hold it, for too short to catch it at that
             (got,), waiting = in_a_fork(child)
         np.testing.assert_array_equal(got, logprob_of(np.array([6, 7])))
         assert waiting == 0
@@ -172,14 +172,27 @@ def test_rewards_of_coroutines_in_a_fork() -> None:
 
 
 def test_a_verifier_in_process_that_was_at_work() -> None:
-    """Its lock is held, and the threads that torch keeps for it do not come along."""
+    """It is in the middle of a call, and the threads that torch keeps do not come along."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     verifier: Any = load_verifier("embedded", device="cpu")
     asked = [[5] * 300] * 8, [[7] * 50] * 8
     here = verifier.logprobs(*asked)
-    with verifier._turn:
-        there, n = in_a_fork(lambda: (verifier.logprobs(*asked), torch.get_num_threads()))
+    busy, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if threading.current_thread() is asking:
+            busy.set()
+            assert go_on.wait(PATIENCE)
+
+    asking = threading.Thread(target=verifier.logprobs, args=asked)
+    hook = verifier.model.base_model.register_forward_hook(hold)
+    asking.start()
+    assert busy.wait(PATIENCE)
+    there, n = in_a_fork(lambda: (verifier.logprobs(*asked), torch.get_num_threads()))
+    go_on.set()
+    asking.join(PATIENCE)
+    hook.remove()
     torch.set_num_threads(threads)
     assert n == 1
     for got, wanted in zip(there, here, strict=True):

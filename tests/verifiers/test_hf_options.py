@@ -28,7 +28,6 @@ from tiny_models import (
 from transformers import PreTrainedTokenizerFast
 
 from cme_reward.errors import ConfigError
-from cme_reward.verifiers import pretrained
 from cme_reward.verifiers.head import float32_forward
 from cme_reward.verifiers.hf import TransformersVerifier
 from cme_reward.verifiers.offload import OffloadedWeights
@@ -376,14 +375,20 @@ class TestPlacement:
             ("1", 1, 0, "cuda"),  # the launcher shows each process its own
         ],
     )
-    def test_this_processs_device(self, rank, devices, current, expected, monkeypatch) -> None:
+    def test_this_processs_device(self, rank, devices, current, expected, saved, monkeypatch):
+        """Where a model is sent, in a process that is told of GPUs which are not there."""
+        path, sent = saved("llama"), []
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         if rank is not None:
             monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-        assert pretrained._default_device() == expected
+        monkeypatch.setattr(
+            transformers.PreTrainedModel, "to", lambda model, device: sent.append(device) or model
+        )
+        TransformersVerifier.from_pretrained(path)
+        assert sent == [expected]
 
     def test_weights_that_were_never_filled_in_are_refused(self, bpe) -> None:
         model = build(CONFIGS["llama"], scale=0.0)
