@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_kinds import BUILDERS, REAL, SHARED, TEXTS, load_tokenizer
+
+# Of models as small as these, threads only wait for each other. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tokenizer_kinds import BUILDERS, REAL, SHARED, TEXTS, by_name, load_tokenizer
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "tokenizer" in metafunc.fixturenames:
-        metafunc.parametrize("tokenizer", [*BUILDERS, *REAL], indirect=True)
+        metafunc.parametrize("tokenizer", by_name([*BUILDERS, *REAL]), indirect=True)
 
 
 @pytest.fixture

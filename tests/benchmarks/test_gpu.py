@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 
 

@@ -23,6 +23,8 @@ from benchmarks.miniature.runs import World, run
 from benchmarks.miniature.sampling import sample
 from cme_reward import SpanTable
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("prompt", "response", "mark"),

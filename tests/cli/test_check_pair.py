@@ -200,6 +200,7 @@ def test_errors(verifier: str, reason: str, folder: Path, monkeypatch: pytest.Mo
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_real_tokenizers(shared: Path | None, folder: Path) -> None:
     if shared is None:  # stand-ins of the same two kinds
         first, second = folder / "byte-level-nfc", folder / "sentencepiece"

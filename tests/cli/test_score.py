@@ -508,6 +508,7 @@ def test_help_and_version() -> None:
     assert "--json" in run("check-pair", "--help").stdout
 
 
+@pytest.mark.slow
 def test_as_a_program_in_a_pipe(model: Path) -> None:
     done = program("score", "-", "--verifier", f"hf:{model}", input=lines(ROWS).encode())
     assert done.returncode == 0
@@ -519,6 +520,7 @@ def test_as_a_program_in_a_pipe(model: Path) -> None:
     assert bad.stderr.startswith(b"line 1: is not JSON")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(model: Path) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -535,6 +537,7 @@ def test_a_reader_that_leaves_early_is_no_error(model: Path) -> None:
     assert done.returncode == 141
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_scored_under_another_name(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
@@ -561,6 +564,7 @@ def test_ctrl_c_keeps_what_was_scored_under_another_name(model: Path, tmp_path: 
     assert message == f"interrupted\nthe rows scored so far are in {partial}\n"
 
 
+@pytest.mark.slow
 def test_progress_is_shown_to_a_terminal(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(lines(ROWS))

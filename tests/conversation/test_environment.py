@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from observations import ASK, SAID, expected, message, render, speakers, tail
 from stubs import TableVerifier
-from templates import NAMES, TOKENS, chat_tokenizer
+from templates import NAMES, TOKENS, WRITTEN, chat_tokenizer
 from tokenizer_kinds import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from cme_reward import CrossModelEntropy, InputError
 from cme_reward.conversation.environment import EnvironmentReader
 
+QUICK = [
+    *(f"{name}/special" for name in WRITTEN), "olmo-like/text", "mistral-like/sentencepiece",
+    "trl:qwen3/special", "trl:gptoss/special",
+]  # fmt: skip
 CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "look", "arguments": {}}}
 
 
@@ -72,7 +76,10 @@ def forms(tokenizer: Any, observations: list[Any]) -> dict[str, Form]:
     return out
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES],
+)
 def test_messages_come_out_as_they_were(name: str) -> None:
     """What the verifier is shown is its own template over exactly those messages."""
     tokenizer, verifier = chat_tokenizer(name), load_tokenizer("byte-level")
@@ -110,6 +117,7 @@ def between(tokenizer: Any, text: str) -> Any:
     return EnvironmentReader(tokenizer).read(np.array(ids, dtype=np.int64))
 
 
+@pytest.mark.slow
 def test_text_without_markup_stays_in_the_turn() -> None:
     for name in ("chatml/special", "olmo-like/text", "plain/text", "llama2/sentencepiece"):
         for text in (" -> 2\n", "", "tool: 7", "a < b, [1] or user\n", "\n\n"):
@@ -219,6 +227,7 @@ def test_a_template_in_which_nobody_else_can_speak() -> None:
         between(tokenizer, "<|im_start|>user\nHi<|im_end|>")
 
 
+@pytest.mark.slow
 def test_a_very_long_observation_is_read_in_one_sweep() -> None:
     """As many places where a message may start as there can be (no assertion on time)."""
     tokenizer = chat_tokenizer("olmo-like/text")

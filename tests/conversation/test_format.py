@@ -125,6 +125,7 @@ def test_a_conversation_no_role_of_which_fits_is_refused() -> None:
             PromptFormat(tokenizer).render(wrong)
 
 
+@pytest.mark.slow
 def test_real_templates(shared: Any) -> None:
     names = ["gemma3", "qwen2.5", "llama2", "llama3", "olmo2-dolma2"] if shared else ["byte-level"]
     for name in names:
@@ -330,6 +331,7 @@ def test_a_base_model_whose_tokenizer_ships_a_template(tmp_path: Path) -> None:
         assert PromptFormat(tokenizer, config).is_chat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["tool", "ipython", "environment", "function", "observation"])
 def test_real_templates_show_every_message_and_nothing_forged(role: str, shared: Any) -> None:
     """Qwen2.5 and OLMo-2 write nothing for some of these roles, Llama-2's no system prompt."""

@@ -134,6 +134,7 @@ def naive(
     return float(sequence), [float(x / len(cme.members)) for x in tokens]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
 def test_both_sums_are_over_the_same_text(data: st.DataObject) -> None:

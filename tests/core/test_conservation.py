@@ -11,12 +11,14 @@ from functools import cache
 
 import numpy as np
 import pytest
-from tokenizer_kinds import BUILDERS, REAL, SHARED, TEXTS, load_tokenizer, shared_rows
+from tokenizer_kinds import BUILDERS, REAL, SHARED, TEXTS, by_name, load_tokenizer, shared_rows
 
 from cme_reward import SpanTable, align_batch
 from cme_reward.spans.table import Encoded
 
 NAMES = REAL or sorted(BUILDERS)
+# Each is paired with all verifiers: minutes, with real texts.
+GENERATORS = [pytest.param(name, marks=pytest.mark.slow if SHARED else ()) for name in NAMES]
 SETS = ("alpacaeval", "code", "gsm8k", "mtbench", "strings", "tinylm", "udhr")
 
 
@@ -60,7 +62,7 @@ def worst_loss(generator: str, verifier: str, responses: list[list[int]]) -> flo
     return float((np.abs(errors) / np.maximum(1, np.abs(totals))).max())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_name(NAMES))
 def test_every_text_is_tiled(name: str) -> None:
     """Tokens never go backwards nor past the end, and only dropped text is not theirs."""
     for text, ends, holes in zip(
@@ -71,14 +73,14 @@ def test_every_text_is_tiled(name: str) -> None:
         assert (np.diff(ends, prepend=0) > 0).all()
 
 
-@pytest.mark.parametrize("generator", NAMES)
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_all_texts(generator: str) -> None:
     responses = [row.tolist() for row in encoded_texts(generator).ids]
     losses = {verifier: worst_loss(generator, verifier, responses) for verifier in NAMES}
     assert max(losses.values()) <= 1e-9, losses
 
 
-@pytest.mark.parametrize("generator", NAMES)
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_damaged_ids(generator: str) -> None:
     """Cut anywhere, other ids and special tokens put in, tokens taken out or split into bytes."""
     tokenizer = load_tokenizer(generator)

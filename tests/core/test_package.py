@@ -47,12 +47,14 @@ def test_the_public_names() -> None:
         assert getattr(cme_reward, name).__doc__, f"{name} has no docstring"
 
 
+@pytest.mark.slow
 def test_importing_takes_no_framework_and_no_model_code() -> None:
     loaded = run("import sys\nfrom cme_reward import *\nprint(*sys.modules)").split()
     for module in ("transformers", "verl", "openrlhf", "trl", "ray", "vllm", "httpx", "fastapi"):
         assert module not in loaded
 
 
+@pytest.mark.slow
 def test_the_command_lines_help_takes_no_model_code() -> None:
     loaded = run("import sys, cme_reward.cli.app; print(*sys.modules)").split()
     assert "transformers" not in loaded

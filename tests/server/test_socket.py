@@ -26,6 +26,8 @@ from waiting import PATIENCE, until
 from cme_reward import CrossModelEntropy, load_verifier
 from cme_reward.cli.app import app
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 GENERATOR = ROOT / "examples" / "generator"
 MODELS = ("--verifier", "embedded", "--generator-tokenizer", str(GENERATOR), "--device", "cpu")

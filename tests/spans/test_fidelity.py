@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fake_engines import FakeEngine
-from tokenizer_kinds import CHATML, REAL, SHARED, TEXTS, load_tokenizer
+from tokenizer_kinds import CHATML, REAL, SHARED, TEXTS, by_name, load_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -183,7 +183,7 @@ def test_what_is_loaded_as_it_is_stays_as_it_is(tmp_path: Path, caplog: Any) -> 
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("name", REAL or ["byte-level"])
+@pytest.mark.parametrize("name", by_name(REAL or ["byte-level"]))
 def test_real_tokenizers_are_faithful(name: str, tmp_path: Path, caplog: Any) -> None:
     if SHARED is None:
         folder = saved(tmp_path, "PreTrainedTokenizerFast", name)

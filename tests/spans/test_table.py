@@ -9,7 +9,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import BUILDERS, REAL, TEXTS, load_tokenizer, shared_rows
+from tokenizer_kinds import BUILDERS, REAL, TEXTS, by_name, load_tokenizer, shared_rows
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +66,7 @@ def test_half_a_surrogate_at_the_end_is_invalid_and_not_unfinished() -> None:
     assert SpanTable(tokenizer).decode(ids)[0] == tokenizer.decode(ids) == "a\ufffd\ufffd"
 
 
-@pytest.mark.parametrize("name", [*BUILDERS, *REAL])
+@pytest.mark.parametrize("name", by_name([*BUILDERS, *REAL]))
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_text_is_what_the_tokenizer_decodes(name: str, data: st.DataObject) -> None:

@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 SHARED = Path(os.environ["CME_SHARED"]).resolve() if os.environ.get("CME_SHARED") else None
 
@@ -169,6 +170,16 @@ BUILDERS: dict[str, Callable[[str], PreTrainedTokenizerFast]] = {
     "suffix": _suffix,
 }
 REAL = sorted(p.name for p in (SHARED / "tokenizers").iterdir() if p.is_dir()) if SHARED else []
+QUICK = ("gpt2", "tok512")
+"""Of the real ones, those that `-m "not slow"` has as well."""
+
+
+def by_name(names: Iterable[str]) -> list[Any]:
+    """Tokenizers as parameters of a test."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in REAL and name not in QUICK else ())
+        for name in names
+    ]
 
 
 @cache
@@ -176,6 +187,8 @@ def load_tokenizer(name: str) -> Any:
     """A tokenizer trained here, or a real one by the name of its folder."""
     if name in BUILDERS:
         return BUILDERS[name](name)
+    from transformers import AutoTokenizer  # 3 s, for those kept in CME_SHARED alone
+
     assert SHARED is not None
     return AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
 

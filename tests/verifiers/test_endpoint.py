@@ -49,6 +49,7 @@ def test_every_response_has_its_own_logprobs_in_order(engine: str, verifiers: An
         assert_same(verifier.logprobs(prompts, arrays), expected(prompts, responses))
 
 
+@pytest.mark.slow
 def test_callers_with_an_event_loop_do_not_block_it(engine: str, verifiers: Any) -> None:
     with fake(engine, fault=lambda n, body: Fault(delay=0.2)) as server:
         verifier = verifiers(engine, server)
@@ -81,6 +82,7 @@ def test_rewards_through_an_endpoint_conserve_the_log_likelihood(
         assert len(sent) == len(logp)
 
 
+@pytest.mark.slow
 def test_a_group_stays_on_one_replica_and_groups_spread(engine: str, verifiers: Any) -> None:
     slow = lambda n, body: Fault(delay=0.01)  # noqa: E731
     with fake(engine, fault=slow) as a, fake(engine, fault=slow) as b:
@@ -101,6 +103,7 @@ def test_a_group_stays_on_one_replica_and_groups_spread(engine: str, verifiers: 
         assert not seen[0] & seen[1]
 
 
+@pytest.mark.slow
 def test_requests_in_flight_are_bounded(engine: str, verifiers: Any) -> None:
     with fake(engine, fault=lambda n, body: Fault(delay=0.02)) as server:
         verifier = verifiers(engine, server, concurrency=3)
@@ -110,6 +113,7 @@ def test_requests_in_flight_are_bounded(engine: str, verifiers: Any) -> None:
         assert server.most_in_flight == 3
 
 
+@pytest.mark.slow
 def test_sglang_reads_a_shared_prompt_once_before_the_rest(verifiers: Any) -> None:
     together = threading.Barrier(4)
 
@@ -129,6 +133,7 @@ def test_sglang_reads_a_shared_prompt_once_before_the_rest(verifiers: Any) -> No
         assert server.most_in_flight == 4  # all but the first
 
 
+@pytest.mark.slow
 def test_sglang_decodes_tokens_for_the_handshake_alone(verifiers: Any) -> None:
     with fake("sglang") as server:
         verifier = verifiers("sglang", server)
@@ -137,6 +142,7 @@ def test_sglang_decodes_tokens_for_the_handshake_alone(verifiers: Any) -> None:
     assert asked == [True, False, False]
 
 
+@pytest.mark.slow
 def test_vllms_quicker_way_is_taken_where_it_is_offered(
     verifiers: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,6 +180,7 @@ def test_vllms_quicker_way_is_taken_where_it_is_offered(
         assert_same(verifier.logprobs([[1]], [[2, 3]]), expected([[1]], [[2, 3]]))
 
 
+@pytest.mark.slow
 def test_the_key_is_sent_and_never_shown(
     engine: str, verifiers: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,6 +196,7 @@ def test_the_key_is_sent_and_never_shown(
     assert "hush-hush" not in repr(vars(verifier))
 
 
+@pytest.mark.slow
 def test_pickles_and_shakes_hands_again(engine: str, verifiers: Any) -> None:
     with fake(engine) as server:
         verifier = verifiers(engine, server)
@@ -199,6 +207,7 @@ def test_pickles_and_shakes_hands_again(engine: str, verifiers: Any) -> None:
         copy.close()
 
 
+@pytest.mark.slow
 def test_connections_end_with_the_verifier(engine: str) -> None:
     with fake(engine) as server:
         make = partial(EndpointVerifier, engine, [server.url], tokenizer=server.tokenizer)
@@ -234,6 +243,7 @@ def test_a_server_with_another_tokenizer_is_refused(
     assert "tokenizer=" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_tell_texts_is_refused(engine: str, verifiers: Any) -> None:
     def silent(reply: Any) -> Any:
         if engine == "vllm":
@@ -251,6 +261,7 @@ def test_a_server_that_does_not_tell_texts_is_refused(engine: str, verifiers: An
         verifiers(engine, server)
 
 
+@pytest.mark.slow
 def test_replicas_have_to_run_the_same_weights(engine: str, verifiers: Any) -> None:
     away = pytest.raises(VerifierError, match=r"0\.50 nats a token away")
     with fake(engine) as a, fake(engine, shift=0.5) as b, away:
@@ -262,6 +273,7 @@ def test_replicas_have_to_run_the_same_weights(engine: str, verifiers: Any) -> N
         verifiers(engine, a, b)
 
 
+@pytest.mark.slow
 def test_the_model_is_looked_up_by_name(engine: str, verifiers: Any) -> None:
     with fake(engine) as server:
         with pytest.raises(VerifierError, match=r"serves 'tiny', not 'big'.*model="):
@@ -276,6 +288,7 @@ def test_a_tokenizer_that_does_not_load_is_named(engine: str, verifiers: Any) ->
         verifiers(engine, server, tokenizer="./no-such-folder")
 
 
+@pytest.mark.slow
 def test_the_context_is_the_servers(engine: str, verifiers: Any) -> None:
     with fake(engine, max_model_len=80) as server:
         assert verifiers(engine, server).max_length == 79

@@ -24,9 +24,12 @@ from waiting import eventually
 
 from cme_reward import VerifierError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 
 
 def after_start(fault: Callable[[int], Fault | None]) -> Callable[[int, Any], Fault | None]:

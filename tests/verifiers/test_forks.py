@@ -22,11 +22,14 @@ from cme_reward import CrossModelEntropy, load_verifier
 from cme_reward.verifiers.batching import BatchingVerifier
 from cme_reward.verifiers.endpoint import EndpointVerifier
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore:.*fork:DeprecationWarning",  # of processes with threads, from Python 3.12 on
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning",
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore:.*fork:DeprecationWarning",  # of processes with threads, from Python 3.12 on
+    ),
+]
 PROMPTS, RESPONSES = [[1, 2], [1, 2], [3]], [[4, 5], [6], [7, 8]]
 EXPECTED = expected(PROMPTS, RESPONSES)
 

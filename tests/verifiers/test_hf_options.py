@@ -160,6 +160,7 @@ class TestFloat32Head:
 
 
 class TestCompile:
+    @pytest.mark.slow
     def test_equals_full_forward(self, bpe) -> None:
         # "eager" is traced and guarded as for any backend; generating code takes a minute more.
         config = copy.deepcopy(CONFIGS["gemma3"])

@@ -17,9 +17,12 @@ from waiting import eventually
 from cme_reward import VerifierError
 from cme_reward.verifiers.replicas import Replicas, Unreachable
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 N = 12
 PROMPTS, RESPONSES = [[k] for k in range(N)], [[k, k + 1] for k in range(N)]
 
