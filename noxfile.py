@@ -76,7 +76,7 @@ def vllm(session: nox.Session) -> None:
     # vLLM asks for them and does not need them; made for another torch, they break transformers.
     session.run("python", "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
     session.install("-e", ".", "pytest")
-    session.run("pytest", "-v", "tests/engines/vllm_real.py", *session.posargs)
+    session.run("pytest", "-v", "tests/verifiers/vllm_real.py", *session.posargs)
 
 
 @nox.session
@@ -103,7 +103,7 @@ def verl(session: nox.Session) -> None:
                 "-c", constraints, "-d", str(folder), "verl")  # fmt: skip
     (source,) = folder.glob("verl-*.tar.gz")
     peer = ("python", "-m", "verl_rig.peer", str(source), *HANGS)
-    session.run(*peer, env={"PYTHONPATH": "tests"})
+    session.run(*peer, env={"PYTHONPATH": "tests/support"})
 
 
 OPENRLHF_NEEDS = (
@@ -140,6 +140,6 @@ def openrlhf(session: nox.Session) -> None:
         "import pathlib, openrlhf; print(pathlib.Path(openrlhf.__file__).parent.parent / 'tests')"
     )
     own = str(session.run("python", "-c", find, silent=True)).strip()
-    stand_ins = str(Path("tests/openrlhf_rig/site").resolve())
+    stand_ins = str(Path("tests/support/openrlhf_rig/site").resolve())
     environ = {**offline, "PYTHONPATH": stand_ins, "DS_ACCELERATOR": "cpu"}
     session.run("pytest", "-q", *HANGS, "-c", os.devnull, "--rootdir", own, own, env=environ)

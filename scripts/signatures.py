@@ -1,7 +1,7 @@
 """The public names of the package and their signatures, read from its source.
 
-`python scripts/signatures.py` writes them to tests/public_signatures.txt; with --check it compares,
-and shows what is other. A change there is a change for users: it belongs in CHANGELOG.md.
+`python scripts/signatures.py` writes them to tests/support/public_signatures.txt; with --check it
+compares, and shows what is other. A change there is a change for users: it belongs in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FROZEN = ROOT / "tests" / "public_signatures.txt"
+FROZEN = ROOT / "tests" / "support" / "public_signatures.txt"
 DOORS = ("", ".comparators", ".openrlhf", ".server", ".trl", ".verifiers", ".verl")
 
 

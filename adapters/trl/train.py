@@ -23,8 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 
 from cme_reward import ConfigError, InputError
-from cme_reward._settings import read_value
-from cme_reward.cli.options import configuration
+from cme_reward.cli.options import configuration, read_value
 from cme_reward.comparators import REWARDS
 from cme_reward.conversation.format import PromptFormat, as_messages, plain_content
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func

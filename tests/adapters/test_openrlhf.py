@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_tokenizer
 from stubs import TableVerifier
+from tokenizer_kinds import load_tokenizer
 
 import cme_reward
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError, load_verifier

@@ -20,6 +20,8 @@ import cme_reward.trl
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError
 from cme_reward.trl import CMEGRPOTrainer, RewardFunction, cme_reward_func
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 SEQUENCE = CMEConfig(level="sequence")
 FOUR = "What is 2 + 3?", "Tom has 4 pens and buys 1.", "Say hello.", "Why?"

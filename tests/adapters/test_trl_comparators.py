@@ -17,6 +17,8 @@ from cme_reward import CMEConfig, ConfigError
 from cme_reward.comparators import REWARDS, load_reward, random_verifier, self_verifier
 from cme_reward.trl import cme_reward_func
 
+pytestmark = pytest.mark.slow
+
 SCALARS = ["rent", "em-rl-token", "em-rl-sequence", "intuitor", "ttrl", "rlme"]
 VOCABULARY = len(tiny.tokenizer())
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from cme_reward import ConfigError, InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "adapters" / "trl" / "train.py"
 

@@ -11,6 +11,8 @@ from trl_sharded import ASKED, check, sharded
 
 from cme_reward import load_verifier
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(transformers_version < "5", reason="transformers 4 has FSDP on GPUs only")
 def test_fsdp_that_loads_weights_in_one_process(tmp_path: Path) -> None:

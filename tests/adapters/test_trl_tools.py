@@ -23,9 +23,12 @@ from trl.chat_template_utils import llama3_1_chat_template, qwen3_chat_template
 
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
-pytestmark = pytest.mark.skipif(
-    transformers_version < "5", reason="TRL takes tools with transformers 5 and newer only"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        transformers_version < "5", reason="TRL takes tools with transformers 5 and newer only"
+    ),
+]
 MARKUP = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 OPENING = "<|start_header_id|>ipython<|end_header_id|>\n\n"
 CLOSING = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"

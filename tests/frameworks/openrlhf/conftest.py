@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-RIG = Path(__file__).parent.parent.parent / "openrlhf_rig"
+RIG = Path(__file__).parents[2] / "support" / "openrlhf_rig"
 sys.path[:0] = [str(RIG), str(RIG / "site")]

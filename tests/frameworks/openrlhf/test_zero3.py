@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from trl_sharded import ASKED, build_nothing, check, sharded
 
 import cme_reward.verifiers
 from cme_reward import ConfigError, load_verifier
 from cme_reward.verifiers.hf import TransformersVerifier
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from trl_sharded import ASKED, build_nothing, check, sharded
 
 FOLDER = str(Path(cme_reward.verifiers.__file__).parent / "embedded")
 SETTINGS = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}

@@ -27,7 +27,7 @@ from verl_rig.run import ROOT, Run, finish, kill, settings, start
 from verl_rig.server import Server
 
 LOOPS = {"actor_rollout_ref.rollout.agent.agent_loop_config_path": str(
-    ROOT / "tests" / "verl_rig" / "loops.yaml"
+    ROOT / "tests" / "support" / "verl_rig" / "loops.yaml"
 )}  # fmt: skip
 EXACT = {"verifier": f"hf:{naive.TRAINED}", "verifier_options": {"dtype": "float64"}}
 
@@ -226,7 +226,7 @@ def test_a_verifier_pool_of_its_own_two_outputs_per_trajectory_and_verls_tool_ag
         "reward.reward_model.nnodes": 1,
         "actor_rollout_ref.rollout.multi_turn.format": "hermes",
         "actor_rollout_ref.rollout.multi_turn.function_tool_path": str(
-            ROOT / "tests" / "verl_rig" / "tools.py"
+            ROOT / "tests" / "support" / "verl_rig" / "tools.py"
         ),
         "trainer.total_training_steps": 1,
     }

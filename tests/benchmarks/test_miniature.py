@@ -1,0 +1,240 @@
+"""The miniature of the paper: its judge, that it is the same in every run, and its smallest run."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from trl_tiny import tokenizer as other_tokenizer
+
+from benchmarks.miniature import evaluate, grammar, models, tasks, vocabulary
+from benchmarks.miniature.__main__ import SMALL, main
+from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
+from benchmarks.miniature.conditions import CONDITIONS, GROUPS
+from benchmarks.miniature.demo import main as main_of_demo
+from benchmarks.miniature.grpo import Settings
+from benchmarks.miniature.models import EOS, Size
+from benchmarks.miniature.runs import World, run
+from benchmarks.miniature.sampling import sample
+from cme_reward import SpanTable
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "mark"),
+    [
+        ("reverse: bad\n", "dab", 1),
+        ("reverse: bad\n", "dba", 0),
+        ("reverse: bad\n", "dab...", 0),
+        ("sort: dbca\n", "abcd", 1),
+        ("sort: dbca\n", "dcba", 0),
+        ("add: 37+48\n", "85", 1),
+        ("add: 37+48\n", "75", 0),
+        ("add: 37+48\n", "085", 0),
+        ("sort, reverse: cab\n", "abc cba", 1),
+        ("sort, reverse: cab\n", "abc cab", 0),
+        ("say: old dog\n", "the old dog runs.", 1),
+        ("say: old dog\n", "the old dog runs near the shy children.", 1),
+        ("say: old dog\n", "the old dog run near the shy children.", 0.5),
+        ("say: old children\n", "the old children run.", 1),
+        ("say: old dog\n", "the old dog runs near the shy children", 0),
+        ("say: old dog\n", "the old cat runs.", 0),
+        ("say: old dog\n", "the old dog runs near near the cat.", 0),
+        ("say: old dog\n", "the old dog runs near the.", 0),
+        ("say: old dog\n", "the old dog runs near the shy old cat.", 0),
+        ("say: old dog\n", "the old dog .", 0),
+        ("say: old dog\n", "", 0),
+    ],
+)
+def test_the_judge(prompt: str, response: str, mark: float) -> None:
+    assert tasks.grade(prompt, response) == mark
+
+
+def test_answers_are_right_and_mistakes_are_not() -> None:
+    seen = Counter()
+    for example in islice(tasks.stream(7), 2000):
+        assert tasks.grade(example.prompt, example.answer) == 1
+        if example.mistake != example.answer:
+            assert tasks.grade(example.prompt, example.mistake) < 1
+            seen[example.task] += 1
+    # The wrong belief makes a difference in every task.
+    assert set(seen) == set(tasks.TASKS)
+    assert min(seen.values()) > 100
+
+
+def test_mistakes_by_hand() -> None:
+    assert tasks.reverse_wrongly("abcd") == "dcab"
+    assert tasks.sort_wrongly("cab") == "cba"
+    assert tasks.add_wrongly(37, 48) == 75
+    assert tasks.add_wrongly(12, 34) == 46
+
+
+def test_held_out_prompts_are_in_no_training_text() -> None:
+    held = {e.prompt for e in tasks.held_out_set(100)}
+    assert len(held) == 100
+    trained = [p for seed in (1000, 6000) for p, _ in islice(flawed(seed), 2000)]
+    trained += [p for p, _ in islice(with_verdicts(6000), 2000)]
+    assert not held & set(trained)
+    assert not any(tasks.is_held_out(f"{line}\n") for p in trained for line in p.split("\n")[:1])
+
+
+def test_everything_is_the_same_in_every_run() -> None:
+    assert list(islice(tasks.stream(3), 50)) == list(islice(tasks.stream(3), 50))
+    for build in (vocabulary.generator_tokenizer, vocabulary.verifier_tokenizer):
+        again = build.__wrapped__()
+        assert again.backend_tokenizer.to_str() == build().backend_tokenizer.to_str()
+    # By hand: of "aab" x 2 and "ab" the pair a-b is in all three words, then a-ab in two.
+    assert vocabulary.learn_merges(Counter({"aab": 2, "ab": 1}), 2) == [("a", "b"), ("a", "ab")]
+    # Equally frequent: the first in the alphabet.
+    assert vocabulary.learn_merges(Counter({"ba": 1, "ab": 1}), 1) == [("a", "b")]
+
+
+def test_tokenizers_differ_and_keep_the_text() -> None:
+    generator, verifier = vocabulary.generator_tokenizer(), vocabulary.verifier_tokenizer()
+    texts = [e.prompt + e.answer for e in islice(tasks.stream(5), 200)]
+    differ = 0
+    for text in texts:
+        spans = []
+        for tokenizer in (generator, verifier):
+            table = SpanTable(tokenizer)
+            ids, ends = table.encode(text)
+            assert table.decode(ids)[0] == text
+            spans.append(ends.tolist())
+        differ += spans[0] != spans[1]
+    assert differ > 0.9 * len(texts)
+
+
+def test_a_slip_changes_one_thing() -> None:
+    rng = random.Random(0)
+    for example in islice(tasks.stream(2), 200):
+        slipped = slip(example.answer, rng)
+        assert abs(len(slipped) - len(example.answer)) <= 1
+    text, verdict = next(t for t in with_verdicts(1) if t[1] in ("Yes", "No"))
+    prompt, response = text.split("\n")[:2]
+    assert text == question_about(f"{prompt}\n", response)
+    assert verdict == ("Yes" if tasks.grade(f"{prompt}\n", response) == 1 else "No")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_sampling_equals_generate(kind: str) -> None:
+    tokenizer = vocabulary.generator_tokenizer()
+    model = models.build(kind, Size(32, 2), len(tokenizer), seed=1)
+    for name, weights in model.named_parameters():
+        if weights.ndim > 1:
+            weights.data *= 8  # so that rows differ, and some stop
+        elif "q_norm" in name:
+            weights.data *= torch.linspace(0.5, 2, len(weights))
+    model.eval()
+    prompts = tokenizer([e.prompt for e in tasks.held_out_set(20)])["input_ids"]
+    ours = sample(model, prompts, max_new=12)
+    for prompt, row in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        assert row == out[0, len(prompt) :].tolist()
+    drawn = [sample(model, prompts, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_win_rate() -> None:
+    # One win, one loss, two ties: (1 + 2 / 2) / 4.
+    assert evaluate.win_rate([1, 0, 1, 0.5], [0.5, 1, 1, 0.5]) == 0.5
+    assert evaluate.win_rate([1, 1], [0, 1]) == 0.75
+    with pytest.raises(ValueError, match="2 grades against 1"):
+        evaluate.win_rate([1, 1], [0])
+
+
+def test_interval() -> None:
+    # Mean 2, deviation 1, three seeds: 4.303 / sqrt(3).
+    assert evaluate.interval([1, 2, 3]) == pytest.approx((2, 2.4843), abs=1e-4)
+    assert evaluate.interval([2])[1] != evaluate.interval([2])[1]
+
+
+def test_a_response_that_never_stops_is_wrong() -> None:
+    tokenizer = vocabulary.generator_tokenizer()
+    example = next(tasks.stream(0, ("sort",)))
+    ids = tokenizer(example.answer)["input_ids"]
+    assert evaluate.grades(tokenizer, [example] * 2, [[*ids, EOS], ids]) == [1, 0]
+
+
+def test_models_are_trained_once_and_the_same_again(tmp_path: Path) -> None:
+    first = Cast(tmp_path / "a", SMALL).model("pretrained", 1).state_dict()
+    kept = Cast(tmp_path / "a", SMALL).model("pretrained", 1).state_dict()
+    again = Cast(tmp_path / "b", SMALL).model("pretrained", 1).state_dict()
+    other = Cast(tmp_path / "b", SMALL).model("pretrained", 2).state_dict()
+    for name, weights in first.items():
+        assert torch.equal(weights, kept[name])
+        assert torch.equal(weights, again[name])
+    assert any(not torch.equal(weights, other[name]) for name, weights in first.items())
+
+
+def test_conditions_are_named_once_and_known() -> None:
+    assert len(CONDITIONS) == sum(map(len, GROUPS.values()))
+    assert other_tokenizer().get_vocab() != vocabulary.generator_tokenizer().get_vocab()
+
+
+def test_the_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One process, two seeds: runs, is not run again, and says what holds."""
+    arguments = ["--smoke", "--out", str(tmp_path), "--workers", "0", "--seeds", "2"]
+    arguments += ["--only", "CME, token", "--group", "rewards"]
+    main(arguments)
+    files = sorted((tmp_path / "runs").glob("CME*.json"))
+    assert len(files) == 6  # token, with baseline, in TRL
+    result = json.loads(files[0].read_text())
+    assert [point["step"] for point in result["curve"]] == [0, 2]
+    stamps = [file.stat().st_mtime_ns for file in files]
+    main(arguments)
+    assert stamps == [file.stat().st_mtime_ns for file in files]
+    report = (tmp_path / "report.md").read_text()
+    assert "CME, token" in report
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page
+    assert json.loads((tmp_path / "report.json").read_text())["seeds"] == [0, 1]
+    assert (tmp_path / "pictures" / "rewards.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_grammar_knows_its_own_sentences() -> None:
+    rng = random.Random(1)
+    for _ in range(500):
+        about = grammar.topic(rng)
+        assert grammar.grade(about, grammar.sentence(about, rng)) == 1
+        assert grammar.grade(about, grammar.sentence(about, rng, agree=False)) == 0.5
+
+
+def test_settings_are_the_papers() -> None:
+    assert Settings().rollouts == 8
+    assert Settings().warmup == 20
+
+
+def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main_of_demo(tmp_path, SMALL, Settings(steps=2, prompts=2, rollouts=4), questions=5, workers=0)
+    said = capsys.readouterr().out
+    assert "checked by a program" in " ".join(said.split())
+    assert "step 2" in said
+    assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "before-after.html").read_text()
+    assert "before:" in page
+    assert "after:" in page
+
+
+def test_a_run_is_the_same_again(tmp_path: Path) -> None:
+    few = Settings(prompts=2, rollouts=4)
+    condition = CONDITIONS["CME, token"]
+    curves = []
+    for folder in ("a", "b"):
+        world = World(tmp_path / folder, SMALL, few, questions=10, steps=0.03)
+        curves.append(run(world, condition, 1)["curve"])
+    assert curves[0] == curves[1]

@@ -1,0 +1,54 @@
+"""Every snippet of the README and the docs runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [
+    pytest.param(kind, code, id=f"{page.name}:{n}")
+    for page in PAGES
+    for n, (kind, code) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+    if kind in ("python", "sh")
+]
+
+
+def test_there_are_snippets_of_both_kinds() -> None:
+    assert {param.values[0] for param in SNIPPETS} == {"python", "sh"}
+
+
+@pytest.mark.parametrize(("kind", "code"), SNIPPETS)
+def test_snippet(kind: str, code: str, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    bin_dir = Path(sys.executable).parent
+    environ = os.environ | {
+        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if kind == "python":
+        # What a dependency deprecates in itself comes and goes; what the snippet uses must not be.
+        filters = ["error"]
+        for category in ("DeprecationWarning", "FutureWarning"):
+            filters += [f"default::{category}", f"error::{category}:__main__"]
+        command = [sys.executable, *(f"-W{filter}" for filter in filters), "-c", code]
+    else:
+        command = ["sh", "-e", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"sh (scripts/\w+)", text):
+        assert (ROOT / name).is_file(), name
