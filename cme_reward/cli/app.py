@@ -223,10 +223,11 @@ def score(
         stack.close()  # the output takes its name
         if html is not None:
             write_html(html, views[:html_limit], file, verifier, generator_tokenizer)
-        for view in views[:show]:
+        if show:
             from cme_reward.heatmap.render import print_heat_map
 
-            print_heat_map(view, err)
+            for view in views[:show]:
+                print_heat_map(view, err)
         if not quiet:
             if html is not None and counts["scored"] > html_limit:
                 say(err, f"{html} holds the first {html_limit} responses; see --html-limit")

@@ -99,12 +99,12 @@ def expand(settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[s
         raise ConfigError(f"reward_fn={reward_fn!r}; expected MODULE:CLASS, such as {DEFAULT}")
     if not isinstance(cme, Mapping):
         raise ConfigError(f"cme={cme!r}; expected a block of settings such as `verifier: SPEC`")
+    from omegaconf import OmegaConf  # veRL's own; not where help is all that is asked for
+
     cme, passed = dict(cme), []
     for override in overrides:
         key, _, value = override.partition("=")
         if key.lstrip("+").startswith("cme."):
-            from omegaconf import OmegaConf
-
             parsed = OmegaConf.create(f"value: {value}")
             cme[key.lstrip("+").removeprefix("cme.")] = OmegaConf.to_container(parsed)["value"]
         else:
