@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cme_reward import ConfigError
 from cme_reward.verl.launch import compose, expand, main, read_config, to_override
+from cme_reward.verl.settings import check_settings
 
 FILE = """
 reward_fn: cme_reward.verl:CMEReward
@@ -101,6 +102,16 @@ def test_the_sequence_level_takes_verls_own_grpo(file: Path) -> None:
     assert config.algorithm.adv_estimator == "grpo"
     assert config.reward.cme.level == "sequence"
     assert "cme" not in config.algorithm
+    again = compose(expand(settings, ["cme.credit=sequence"]))
+    assert again.algorithm == config.algorithm
+    assert again.reward.cme == config.reward.cme
+
+
+def test_what_a_token_is_credited_with_is_the_estimators(file: Path) -> None:
+    config = compose(expand(read_config(file), ["cme.credit=return", "cme.gamma=0.9"]))
+    assert config.algorithm.cme == {"credit": "return", "gamma": 0.9, "eps": 0.2}
+    assert not {"credit", "gamma"} & set(config.reward.cme)
+    assert check_settings(config).cme.gamma == 0.9
 
 
 def test_a_hosted_verifier_is_switched_on(file: Path) -> None:
