@@ -23,9 +23,9 @@ def defined(tree: ast.AST, name: str) -> ast.AST | None:
             return node
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) in (name, f"self.{name}"):
             return node
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            if found := defined(node, name):
-                return found
+        inner = isinstance(node, ast.FunctionDef) and node.name == "__init__"
+        if inner and (found := defined(node, name)):
+            return found
     return None
 
 
