@@ -7,7 +7,8 @@ Names come with their modules when first used: veRL takes seconds to import.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from cme_reward._lazy import lazy
 
@@ -25,13 +26,13 @@ _HOMES = {
     "compute_score": "reward",
 }
 _NEEDS = ("verl", "ray", "transfer_queue", "cachetools")
-_load = lazy(__name__, _HOMES, needs=_NEEDS, extra="verl")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from cme_reward.verl.settings import check_version
+def _before() -> None:
+    from cme_reward.verl.settings import check_version
 
-        check_version()
-        _load("cme_grpo")  # whoever names the reward manager has the estimator registered
-    return _load(name)
+    check_version()
+    import_module("cme_reward.verl.plugin")  # whoever names the manager has the estimator, too
+
+
+__getattr__ = lazy(__name__, _HOMES, needs=_NEEDS, extra="verl", before=_before)

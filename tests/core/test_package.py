@@ -64,6 +64,27 @@ def test_the_command_lines_help_takes_no_model_code() -> None:
     assert "torch" not in loaded
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "name", "extra"),
+    [
+        ("verl", "CMEReward", "verl"),
+        ("openrlhf", "AgentExecutor", "openrlhf"),
+        ("trl", "CMEGRPOTrainer", "trl"),
+        ("server", "create_app", "serve"),
+    ],
+)
+def test_a_door_without_its_framework_says_what_to_install(
+    package: str, name: str, extra: str
+) -> None:
+    hidden = "import sys, importlib.metadata as m\n"
+    hidden += "for name in ('verl', 'openrlhf', 'trl', 'fastapi'): sys.modules[name] = None\n"
+    hidden += "def gone(name): raise m.PackageNotFoundError(name)\nm.version = gone\n"
+    code = f"{hidden}import cme_reward.{package} as door\ntry: door.{name}\n"
+    shown = run(code + "except ModuleNotFoundError as error: print(error)")
+    assert f'pip install "cme-reward[{extra}]"' in shown
+
+
 def test_errors_are_also_the_builtin_kind() -> None:
     for name in ("ConfigError", "InputError", "TokenizerError"):
         assert issubclass(getattr(cme_reward, name), cme_reward.CMEError)
