@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.miniature import ranking, report
 from benchmarks.miniature.cast import Scale
-from benchmarks.miniature.conditions import CONDITIONS, GROUPS
+from benchmarks.miniature.conditions import CONDITIONS, GROUPS, STUDY
 from benchmarks.miniature.grpo import Settings
 from benchmarks.miniature.models import Size
 from benchmarks.miniature.runs import World, run_all
@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("miniature-output"), help="folder; runs in it are kept")
     add("--workers", type=int, default=2, help="processes of one thread each; 0: in this one")
     add("--seeds", type=int, default=3, help="seeds of every condition")
-    add("--group", action="append", choices=GROUPS, help="only these conditions")
+    only = f"only these conditions; {' and '.join(STUDY)}, which take hours, only so"
+    add("--group", action="append", choices=GROUPS, help=only)
     add("--only", action="append", metavar="TEXT", help="only conditions with TEXT in their name")
     add("--smoke", action="store_true", help="untrained toys, a minute: does it run at all?")
     add("--large", action="store_true", help="larger models, on a GPU where there is one")
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     chosen = [
         c
-        for name in (given.group or GROUPS)
+        for name in (given.group or [group for group in GROUPS if group not in STUDY])
         for c in GROUPS[name]
         if not given.only or any(text in c.name for text in given.only)
     ]

@@ -31,12 +31,14 @@ class Condition:
     cosine: bool = True
     lr: float | None = None
     """Learning rate; None: the usual one."""
+    every: int = 20
+    """Steps between two measurements."""
     trainer: str = "loop"
     """"loop", or "trl" for TRL's trainer."""
 
     def settings(self, base: Settings) -> Settings:
         lr = base.lr if self.lr is None else self.lr
-        return replace(base, steps=self.steps, cosine=self.cosine, lr=lr)
+        return replace(base, steps=self.steps, cosine=self.cosine, lr=lr, every=self.every)
 
 
 def _rewards() -> list[Condition]:
@@ -102,7 +104,7 @@ def _horizon() -> list[Condition]:
     """What a token is credited with, over ten times the usual updates, without the cosine."""
 
     def ten(name: str, **config: Any) -> Condition:
-        return Condition(f"horizon: {name}", config=config, steps=1000, cosine=False)
+        return Condition(f"horizon: {name}", config=config, steps=1000, cosine=False, every=50)
 
     returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
     policy: dict[str, Any] = {"baseline": "policy"}
@@ -121,7 +123,7 @@ def _screen() -> list[Condition]:
 
     def twice(name: str, change: Candidate = Candidate(), **config: Any) -> Condition:  # noqa: B008
         return Condition(
-            f"screen: {name}", config=config, candidate=change, steps=200, cosine=False
+            f"screen: {name}", config=config, candidate=change, steps=200, cosine=False, every=50
         )
 
     returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
@@ -158,4 +160,6 @@ GROUPS: dict[str, list[Condition]] = {
     "horizon": _horizon(),
     "screen": _screen(),
 }
+STUDY = ("horizon", "screen")
+"""Groups that take hours: only where they are asked for."""
 CONDITIONS: dict[str, Condition] = {c.name: c for group in GROUPS.values() for c in group}

@@ -43,13 +43,15 @@ def draw_all(found: dict[str, Any], folder: Path) -> list[Path]:
     for kind, what in (("long", "Twice the steps"), ("fast", "Three times the learning rate")):
         lessons = [c for c in curves if c.startswith(f"{kind}: ")]
         panels(f"lessons-{kind}", lessons, f"{what}, no cosine")
+    horizon = [c for c in curves if c.startswith("horizon: ")]
+    panels("horizon", horizon, "Ten times the updates, no cosine: what a token is credited with")
     names = [f"CME, token, {name}" for name in CAPABILITIES[:-1]] + ["CME, token"]
     if all(name in found["rows"] for name in names) and all(
         c in found["cast"] for c in CAPABILITIES
     ):
         files.append(folder / "capability.png")
         capability(found, names, files[-1])
-    shown = [name for name in found["rows"] if not name.startswith(("long: ", "fast: "))]
+    shown = [name for name in found["rows"] if ": " not in name]
     if shown:
         files.append(folder / "win-rates.png")
         win_rates({name: found["rows"][name]["win_base"] for name in shown}, files[-1])

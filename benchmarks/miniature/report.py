@@ -33,7 +33,14 @@ TITLES = {
     "verifiers": "Verifiers (beside the paper's Figure 3)",
     "regimes": "Training regimes of the generator (beside the paper's Table 1)",
     "lessons": "More training: eps, EOS and returns-to-go",
+    "horizon": "Ten times the updates: what a token is credited with",
+    "screen": "Twice the updates: candidates",
 }
+DECIDED = (
+    "Ours minus theirs, paired by seed, with half of an interval that is corrected for all the "
+    "comparisons of this table: accuracy at the end, its mean over the run, and the drop from a "
+    "run's best. The verdict is about the accuracy at the end."
+)
 Table = tuple[Sequence[str], list[list[str]]]
 
 
@@ -82,19 +89,22 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
         parts.append(("What the rewards prefer", text, ranked))
     rows = found["rows"]
     for group, names in found["groups"].items():
-        bases = [n for n in summary.BASES.values() if n in rows] if group != "lessons" else []
+        drifts = group in ("lessons", "horizon", "screen")
+        bases = [] if drifts else [n for n in summary.BASES.values() if n in rows]
         chosen = [n for n in bases if group == "regimes" or n == "base"] + names
         if names:
             table = [[n, *(_cell(rows[n], key) for key, _ in COLUMNS)] for n in chosen]
             header = ("condition", *(label for _, label in COLUMNS))
             text = "Mean ± half the 95 % interval."
-            if group == "lessons":
+            if drifts:
                 header, table = (
                     (*header, "best"),
                     [[*row, _cell(rows[n], "best")] for row, n in zip(table, chosen, strict=True)],
                 )
                 text += " `best` is the highest accuracy at any measurement: the drop is the drift."
             parts.append((TITLES[group], text, (header, table)))
+        if decisions := found["decisions"].get(group):
+            parts.append((f"{TITLES[group]}: decided", DECIDED, _decided(decisions)))
     keys = ("reverse", "sort", "add", "steps", "say", "short", "long")
     by_task = [
         [name, *(f"{row['tasks'][k]:.2f}" if k in row["tasks"] else "" for k in keys)]
@@ -111,6 +121,21 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
     ]
     parts.append(("What they say (seed 0)", "", (("condition", "prompt", "response"), said)))
     return parts
+
+
+def _decided(decisions: list[dict[str, Any]]) -> Table:
+    header = ("ours", "theirs", "seeds", "accuracy at the end", "area", "drift", "verdict")
+    rows = [
+        [
+            d["ours"],
+            d["theirs"],
+            str(d["seeds"]),
+            *(summary.signed(*d[key]) for key in ("end", "area", "drift")),
+            d["verdict"],
+        ]
+        for d in decisions
+    ]
+    return header, rows
 
 
 def _cell(row: dict[str, Any], key: str) -> str:

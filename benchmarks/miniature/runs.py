@@ -42,6 +42,12 @@ def file_of(world: World, name: str, seed: int) -> Path:
     return world.folder / "runs" / f"{safe}.{seed}.json"
 
 
+def runs_of(world: World, name: str) -> list[dict[str, Any]]:
+    """The runs of a condition that are there, by seed."""
+    files = (file_of(world, name, seed) for seed in range(100))
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
 def run(world: World, condition: Condition, seed: int) -> dict[str, Any]:
     """Train one generator and write its measurements, or read them."""
     file = file_of(world, condition.name, seed)

@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.miniature import decide
 from benchmarks.miniature.cast import CAPABILITIES, REGIMES
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.evaluate import interval, win_rate
-from benchmarks.miniature.runs import World, file_of
+from benchmarks.miniature.runs import World, file_of, runs_of
 
 BASES = {"pretrained": "base", "sft": "base, SFT", "preference": "base, preference-tuned"}
 
@@ -49,12 +50,6 @@ class Claim:
     """"holds", "does not hold" or "undecided"; "not contradicted" where a claim of no difference
     stands."""
     numbers: str
-
-
-def runs_of(world: World, name: str) -> list[dict[str, Any]]:
-    """The runs of a condition that are there, by seed."""
-    files = (file_of(world, name, seed) for seed in range(100))
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
 
 
 def rows_of(world: World) -> dict[str, Row]:
@@ -226,6 +221,10 @@ def summary(world: World) -> dict[str, Any]:
         "rows": {name: asdict(row) for name, row in rows.items()},
         "groups": {g: [c.name for c in cs if c.name in rows] for g, cs in GROUPS.items()},
         "claims": [asdict(claim) for claim in claims_of(world, rows)],
+        "decisions": {
+            group: [asdict(d) | {"verdict": d.verdict} for d in decide.decisions(world, group)]
+            for group in decide.PAIRS
+        },
         "curves": {name: _curves(world, name) for name in CONDITIONS if name in rows},
         "examples": {
             name: runs_of(world, name)[0]["examples"] for name in CONDITIONS if name in rows

@@ -7,19 +7,23 @@ import random
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from trl_tiny import tokenizer as other_tokenizer
 
-from benchmarks.miniature import evaluate, grammar, models, tasks, vocabulary
+from benchmarks.miniature import decide, evaluate, grammar, models, tasks, vocabulary
 from benchmarks.miniature.__main__ import SMALL, main
+from benchmarks.miniature.candidates import Candidate, soft_minimum
 from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.demo import main as main_of_demo
 from benchmarks.miniature.grpo import Settings
 from benchmarks.miniature.models import EOS, Size
-from benchmarks.miniature.runs import World, run
+from benchmarks.miniature.runs import World, file_of, run
 from benchmarks.miniature.sampling import sample
 from cme_reward import SpanTable
 
@@ -178,6 +182,62 @@ def test_models_are_trained_once_and_the_same_again(tmp_path: Path) -> None:
         assert torch.equal(weights, kept[name])
         assert torch.equal(weights, again[name])
     assert any(not torch.equal(weights, other[name]) for name, weights in first.items())
+
+
+def test_candidates_by_hand() -> None:
+    class Fixed:
+        name, tokenizer, max_length, vocab_size = "fixed", None, 100, 9
+
+        def logprobs(self, prompts: Any, responses: Any) -> list[np.ndarray]:
+            # Half as likely after the prompt's first token alone.
+            return [np.log(np.array([0.5, 0.04]) / (2 if len(p) == 1 else 1)) for p in prompts]
+
+    asked = ([[1, 2, 3]], [[4, 5]])
+    (power,) = Candidate(power=0.5).verifier(Fixed()).logprobs(*asked)
+    assert power == pytest.approx([2 * (0.5**0.5 - 1), 2 * (0.2 - 1)])  # (p^0.5 - 1) / 0.5
+    (contrast,) = Candidate(contrast=0.5).verifier(Fixed()).logprobs(*asked)
+    # log p - (log p - log 2) / 2 = (log p + log 2) / 2.
+    assert contrast == pytest.approx([0.0, np.log(0.08) / 2])
+    fixed = Fixed()
+    assert Candidate().verifier(fixed) is fixed
+
+
+def test_the_soft_minimum_lies_between_the_worst_token_and_the_mean() -> None:
+    logp = np.array([-1.0, -9.0])
+    batch: Any = SimpleNamespace(
+        verifier_tokens=[(np.array([1, 2]), logp), (np.zeros(0), np.zeros(0))],
+        sequence_rewards=torch.tensor([-5.0, -3.0]),
+    )
+    soft, empty = soft_minimum(batch, 1.0).tolist()
+    # -log((e^1 + e^9) / 2) = -(9 + log(1 + e^-8) - log 2).
+    assert soft == pytest.approx(-9 - np.log1p(np.exp(-8)) + np.log(2), abs=1e-5)
+    assert -9 < soft < -5
+    assert empty == -3.0
+    assert soft_minimum(batch, 1e6).tolist()[0] == pytest.approx(-5, abs=1e-3)
+
+
+def test_decisions_are_paired_and_corrected(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    (tmp_path / "runs").mkdir()
+    ends = {"token": (0.5, 0.6, 0.7), "sequence": (0.6, 0.7, 0.801), "return": (0.5, 0.6, 0.7)}
+    for name, accuracies in ends.items():
+        for seed, last in enumerate(accuracies):
+            points = [(0, 0.2), (50, 0.9), (100, last)]
+            curve = [{"step": s, "accuracy": a} for s, a in points]
+            file = file_of(world, f"horizon: {name}", seed)
+            file.write_text(json.dumps({"seed": seed, "curve": curve}))
+    better, same, worse = decide.decisions(world, "horizon")
+    assert (better.ours, better.theirs, better.seeds) == ("sequence", "token", 3)
+    # Differences 0.1, 0.1, 0.101: mean 0.100333, deviation 0.00057735 over sqrt(3). Of seven
+    # comparisons, t with two degrees of freedom for 1 - 0.05 / 14 is 11.769.
+    assert better.end == pytest.approx((0.100333, 11.769 * 0.00057735 / 3**0.5), abs=1e-4)
+    assert better.verdict == "better"
+    assert (same.end, same.verdict) == ((0.0, 0.0), "no difference")
+    assert worse.verdict == "worse"
+    assert better.drift[0] == pytest.approx(-0.100333, abs=1e-5)
+    # Trapezia: the second half's mean is (0.9 + end) / 2, and counts a half.
+    assert better.area[0] == pytest.approx(0.100333 / 4, abs=1e-5)
+    assert decide.quantile(0.975, 5) == pytest.approx(2.5706, abs=1e-4)
 
 
 def test_conditions_are_named_once_and_known() -> None:

@@ -1,0 +1,131 @@
+"""Which of several conditions is better, by differences paired by seed and corrected for how many
+were asked about.
+
+An interval of `1 - 0.05 / n` for n comparisons (Bonferroni): all of them hold at once with 95 %.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import mpmath  # comes with torch
+
+from benchmarks.miniature.runs import World, runs_of
+
+SMALL = 0.02
+"""A difference of accuracy that nobody needs to care for."""
+PAIRS = {
+    "horizon": (
+        ("sequence", "token"),
+        ("return", "token"),
+        ("token, policy baseline", "token"),
+        ("return, policy baseline", "token"),
+        ("sequence, policy baseline", "token"),
+        ("return", "sequence"),
+        ("return, policy baseline", "return"),
+    ),
+    "screen": (
+        ("sequence", "token"),
+        ("return", "token"),
+        ("token, power 0.5", "token"),
+        ("token, contrast 0.5", "token"),
+        ("token, power 0.5, contrast 0.5", "token"),
+        ("token, divided by the batch's deviation", "token"),
+        ("token, gated by the response", "token"),
+        ("token, half of the sequence's", "token"),
+        ("sequence, soft minimum", "sequence"),
+        ("sequence, power 0.5", "sequence"),
+        ("return, gamma 0.9", "return"),
+        ("return, gamma 0.5", "return"),
+        ("return, divided per position", "return"),
+        ("return, power 0.5", "return"),
+        ("return, contrast 0.5", "return"),
+        ("return, EOS masked", "return"),
+        ("return, policy baseline", "return"),
+        ("return, policy baseline, white space kept", "return, policy baseline"),
+    ),
+}
+"""What is compared with what, in each group: decided before the runs."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    ours: str
+    theirs: str
+    seeds: int
+    end: tuple[float, float]
+    """Accuracy at the end, ours minus theirs: mean and half of the corrected interval."""
+    area: tuple[float, float]
+    """The same of the mean accuracy over the run."""
+    drift: tuple[float, float]
+    """The same of the drop from a run's best accuracy to its last; less is better."""
+
+    @property
+    def verdict(self) -> str:
+        mean, half = self.end
+        if half != half:
+            return "one seed"
+        if abs(mean) > half:
+            return "better" if mean > 0 else "worse"
+        bound = abs(mean) + half
+        return "no difference" if bound <= SMALL else f"no difference larger than {bound:.2f}"
+
+
+def decisions(world: World, group: str) -> list[Decision]:
+    """The comparisons of a group whose runs are there, corrected for how many the group has."""
+    pairs = PAIRS[group]
+    found = []
+    for ours, theirs in pairs:
+        first, second = (
+            {run["seed"]: run for run in runs_of(world, f"{group}: {name}")}
+            for name in (ours, theirs)
+        )
+        shared = sorted(first.keys() & second.keys())
+        if shared:
+            values = [
+                [value(first[s]) - value(second[s]) for s in shared] for value in (end, area, drift)
+            ]
+            intervals = [interval(row, 1 - 0.05 / len(pairs)) for row in values]
+            found.append(Decision(ours, theirs, len(shared), *intervals))
+    return found
+
+
+def end(run: dict[str, Any]) -> float:
+    return run["curve"][-1]["accuracy"]
+
+
+def area(run: dict[str, Any]) -> float:
+    """Mean accuracy over the updates, between measurements a straight line."""
+    curve = run["curve"]
+    total = sum(
+        (b["step"] - a["step"]) * (a["accuracy"] + b["accuracy"]) / 2 for a, b in pairwise(curve)
+    )
+    return total / (curve[-1]["step"] - curve[0]["step"])
+
+
+def drift(run: dict[str, Any]) -> float:
+    return max(point["accuracy"] for point in run["curve"]) - end(run)
+
+
+def interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
+    """Mean and half-width of its confidence interval over seeds (Student's t); nan for one."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, float("nan")
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    return mean, quantile(0.5 + confidence / 2, len(values) - 1) * spread
+
+
+def quantile(p: float, df: int) -> float:
+    """Of Student's t with df degrees of freedom, for p > 0.5: t = sqrt(df (1 / x - 1)), where the
+    regularised incomplete beta function of x is twice the tail."""
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        x = (low + high) / 2
+        tail = mpmath.betainc(df / 2, 0.5, 0, x, regularized=True) / 2
+        low, high = (x, high) if tail < 1 - p else (low, x)
+    return (df * (1 / high - 1)) ** 0.5
