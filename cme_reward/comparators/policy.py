@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cme_reward.errors import ConfigError, InputError
+from cme_reward.verifiers import passes
 from cme_reward.verifiers.base import TokenIds
 from cme_reward.verifiers.frozen import input_device
 from cme_reward.verifiers.head import head_logits
@@ -82,8 +83,7 @@ def policy_statistics(
         raise InputError(f"temperature={temperature!r}; expected the positive one of sampling")
     _refuse_shards(model)
     device = input_device(getattr(model, "module", model))
-    on_cpu = device.type == "cpu"
-    budget = batch_tokens or (512 if on_cpu else 16_384)
+    budget = batch_tokens or passes.batch_tokens(device)
     rows = [
         torch.tensor([*p, *r], dtype=torch.int64) for p, r in zip(prompts, responses, strict=True)
     ]
@@ -91,7 +91,8 @@ def policy_statistics(
     with _dropout_off(model):
         body = _body(model, device)
         budget = 1 if body is None else budget
-        for batch in _batches([len(row) for row in rows], [len(r) for r in responses], budget):
+        widths = {b: len(row) for b, row in enumerate(rows) if len(responses[b])}
+        for batch in passes.batches(widths, budget):
             # Causal attention never looks right, so padding on the right needs no mask.
             ids_BT = torch.nn.utils.rnn.pad_sequence([rows[b] for b in batch], batch_first=True)
             states, output_type = _states(model, body, ids_BT.to(device))
@@ -101,7 +102,7 @@ def policy_statistics(
                 [x[i : i + n] for x, i, n in zip(states, starts, lengths, strict=True)]
             )
             target_N = torch.cat([rows[b][-n:] for b, n in zip(batch, lengths, strict=True)])
-            size = head_rows or max(1, (2**24 if on_cpu else 2**26) // _vocabulary(model))
+            size = head_rows or passes.head_rows(device, _vocabulary(model), tensors=2)
             parts = [
                 _measure(
                     states if body is None else head_logits(model, body, output_type, states),
@@ -149,30 +150,21 @@ def _body(model: Any, device: torch.device) -> Any:
         ids_1T = torch.arange(8, device=device)[None] * 7919 % _vocabulary(model)
         expected_TV = model(ids_1T, use_cache=False).logits[0].float()
         _BODIES[model] = (None,)
-        for body in _candidates(model):
+        inner = getattr(model, "module", model)  # DDP
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT
+        for body in passes.bodies(inner):
             try:
                 states, output_type = _states(model, body, ids_1T)
                 got_TV = head_logits(model, body, output_type, states[0]).float()
             except Exception as error:  # model code may object in any way it likes
                 logger.info("%s as the body of %s: %r", type(body), type(model), error)
                 continue
-            error = (got_TV - expected_TV).abs().max()
-            if error <= 1e-2 * expected_TV.abs().max():
+            if passes.logits_agree(got_TV, expected_TV, 1e-2):  # under autocast both are rounded
                 _BODIES[model] = (body,)
                 break
         else:
             logger.warning("%s: all logits of a response in memory at once", type(model).__name__)
     return _BODIES[model][0]
-
-
-def _candidates(model: Any) -> Iterator[Any]:
-    inner = getattr(model, "module", model)  # DDP
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT
-    for find in ("base_model", "get_decoder", "model"):
-        body = getattr(inner, find, None)
-        body = body() if find == "get_decoder" and body is not None else body
-        if body is not None and body is not inner:
-            yield body
 
 
 def _vocabulary(model: Any) -> int:
@@ -198,15 +190,3 @@ def _dropout_off(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _batches(widths: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows with a response, of like width together; rows x widest <= budget, or a single row."""
-    batches: list[list[int]] = []
-    for b in sorted(range(len(widths)), key=widths.__getitem__, reverse=True):
-        if not lengths[b]:
-            continue
-        if not batches or (len(batches[-1]) + 1) * widths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(b)
-    return batches

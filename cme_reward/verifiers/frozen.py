@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from cme_reward.errors import ConfigError
+from cme_reward.verifiers import passes
 from cme_reward.verifiers.head import (
     float32_forward,
     gather_logprobs,
@@ -66,9 +67,7 @@ class FrozenModel:
             probe = np.arange(min(12, probe_length))[None] * 7919
             ids_1T = self._tensor(probe % model.get_input_embeddings().weight.shape[0])
             self._choose_shortcuts(ids_1T)
-            # Equal bytes rather than rows: the peak of memory does not depend on the vocabulary.
-            logits = 2**25 if self.device.type == "cpu" else 2**27
-            self.head_rows = head_rows or max(1, logits // self.vocab_size)
+            self.head_rows = head_rows or passes.head_rows(self.device, self.vocab_size)
             if float32_head:
                 self._use_float32_head(ids_1T)
             if backend is not None:
@@ -135,16 +134,15 @@ class FrozenModel:
             got_TV = torch.cat(
                 [head_logits(self.model, body, type(output), chunk) for chunk in chunks]
             )
-            return _logits_agree(got_TV, expected_TV)
+            return passes.logits_agree(got_TV, expected_TV)
 
         def cache_agrees() -> bool:
             whole_TD = self.body(ids_1T, use_cache=False).last_hidden_state[0]
             return self._cache_agrees(ids_1T, whole_TD)
 
-        # Which of these names the body differs between models and versions of transformers.
         model = self.model
-        bodies = (model.base_model, model.get_decoder(), getattr(model, "model", None))
-        self.body: Any = next((b for b in bodies if self._holds(head_agrees, b)), model)
+        found = (b for b in passes.bodies(model) if self._holds(head_agrees, b))
+        self.body: Any = next(found, model)
         self.run_body = self.body
         # transformers 5.24 has renamed it, and warns of the old name.
         parameters = inspect.signature(self.body.forward).parameters
@@ -190,7 +188,7 @@ class FrozenModel:
         self.float32_head = True
         with self._head_in_use():
             got_TV = self.model(ids_1T, use_cache=False).logits[0]
-        if got_TV.dtype != torch.float32 or not _logits_agree(got_TV, expected_TV):
+        if got_TV.dtype != torch.float32 or not passes.logits_agree(got_TV, expected_TV):
             raise ConfigError(
                 f"head_dtype='float32': {self.name} does not take its logits from its output "
                 f"layer as they are (they come as {got_TV.dtype}): {remedy}"
@@ -256,12 +254,6 @@ def length_limit(config: Any, tokenizer: Any, asked: int | None) -> int:
             "model was made for; to go beyond, change its configuration"
         )
     return asked
-
-
-def _logits_agree(got_TV: torch.Tensor, expected_TV: torch.Tensor) -> bool:
-    tolerance = max(1e-5, 4 * torch.finfo(expected_TV.dtype).eps)
-    error = (got_TV.float() - expected_TV.float()).abs().max()
-    return bool(error <= tolerance * expected_TV.abs().max())
 
 
 def _copies(cache: Any, copies: int) -> Any:

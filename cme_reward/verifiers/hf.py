@@ -17,6 +17,7 @@ import torch
 
 from cme_reward._forks import renew_after_fork
 from cme_reward.errors import ConfigError, InputError, TokenizerError, VerifierError
+from cme_reward.verifiers import passes
 from cme_reward.verifiers.base import Closes, TokenIds
 from cme_reward.verifiers.frozen import FrozenModel, input_device, length_limit
 from cme_reward.verifiers.offload import OffloadedWeights
@@ -106,8 +107,7 @@ class TransformersVerifier(Closes):
                 backend=_backend(compile),
             )
         self.vocab_size = self.frozen.vocab_size
-        if batch_tokens is None:
-            batch_tokens = 512 if self.frozen.device.type == "cpu" else 16_384
+        batch_tokens = batch_tokens or passes.batch_tokens(self.frozen.device)
         self.batch_tokens = 1 if self.frozen.alone else batch_tokens
         self._turn = Lock()
         renew_after_fork(self, TransformersVerifier._renew)
@@ -244,7 +244,7 @@ class TransformersVerifier(Closes):
     ) -> None:
         """Fill in the results of responses that continue one cached prefix, or none."""
         widths = {i: len(contexts[i]) + len(responses[i]) - 1 for i in members}
-        for batch in _batches(widths, self.batch_tokens):
+        for batch in passes.batches(widths, self.batch_tokens):
             pieces = [responses[i] for i in batch]
             logprobs_N = self.frozen.logprobs([contexts[i] for i in batch], pieces, cache)
             ends = np.cumsum([len(piece) for piece in pieces])[:-1]
@@ -289,16 +289,6 @@ class TransformersVerifier(Closes):
                 "the verifier's own tokenizer"
             )
         return array.astype(np.int64)
-
-
-def _batches(widths: dict[int, int], budget: int) -> list[list[int]]:
-    """Rows of like width together, widest first; rows x widest <= budget, or a single row."""
-    batches: list[list[int]] = []
-    for i in sorted(widths, key=widths.__getitem__, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * widths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
 
 
 def _backend(compile: bool | str) -> str | None:
