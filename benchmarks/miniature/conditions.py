@@ -115,6 +115,9 @@ def _horizon() -> list[Condition]:
         ten("token, policy baseline", **policy),
         ten("return, policy baseline", **returns, **policy),
         ten("sequence, policy baseline", level="sequence", **policy),
+        ten("token, EOS masked", eos="mask"),
+        ten("token, eps 1e-4", eps=1e-4),
+        ten("token, not divided", scale="none"),
     ]
 
 

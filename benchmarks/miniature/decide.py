@@ -27,6 +27,9 @@ PAIRS = {
         ("sequence, policy baseline", "token"),
         ("return", "sequence"),
         ("return, policy baseline", "return"),
+        ("token, EOS masked", "token"),
+        ("token, eps 1e-4", "token"),
+        ("token, not divided", "token"),
     ),
     "screen": (
         ("sequence", "token"),
