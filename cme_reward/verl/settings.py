@@ -151,6 +151,11 @@ def check_settings(config: Mapping[str, Any]) -> RewardSettings:
         )
     if estimator == "cme_grpo":
         _check_estimator(config, settings)
+    elif given := _section(config["algorithm"].get("cme")):
+        raise ConfigError(
+            f"algorithm.cme={given!r} would have no effect: "
+            f"algorithm.adv_estimator={estimator!r} does not read it. Set cme_grpo, or leave it out"
+        )
     rollout, reward = config["actor_rollout_ref"]["rollout"], config["reward"]
     loss_mode = config["actor_rollout_ref"]["actor"]["policy_loss"]["loss_mode"]
     if settings.cme.level == "token" and loss_mode == "geo_mean":

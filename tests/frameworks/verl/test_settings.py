@@ -20,6 +20,11 @@ REFUSED = [
     ({"algorithm.norm_adv_by_std_in_grpo": False}, r"\+algorithm\.cme\.scale=none"),
     ({"algorithm.cme": {"esp": 1}}, r"algorithm\.cme\.esp; did you mean 'eps'"),
     ({"algorithm.cme": {"eps": -1}}, "eps=-1"),
+    ({"reward.cme.credit": "return"}, r"the estimator reads algorithm\.cme\.credit"),
+    (
+        {"algorithm.adv_estimator": "gae", "algorithm.cme": {"credit": "return"}},
+        r"algorithm\.adv_estimator='gae' does not read it\. Set cme_grpo",
+    ),
     ({"algorithm.cme": {"level": "sequence"}}, "expected the same"),
     ({"reward.cme.eps": 1.0}, r"the estimator reads algorithm\.cme\.eps"),
     ({"reward.cme.verifyer": "embedded"}, r"reward\.cme\.verifyer; did you mean 'verifier'"),
