@@ -1,0 +1,1 @@
+"""Real pretrained language models, end to end."""
