@@ -30,8 +30,8 @@ class CMEConfig:
     """
 
     level: Level = "token"
-    """"token": one reward per token. "sequence": the mean verifier log-prob (Eq. 3), on the last
-    token."""
+    """"token" (the paper's): one reward per token. "sequence": the mean verifier log-prob (Eq. 3),
+    on the last token; in the miniature as quick, and better in the long run (docs/evidence.md)."""
 
     credit: Credit = "token"
     """What of the token rewards a token's advantage is made of. "token" (paper): its own. "return":
