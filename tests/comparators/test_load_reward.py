@@ -94,6 +94,7 @@ def parameters(verifier: Any) -> torch.Tensor:
     return torch.cat([weight.flatten() for weight in verifier.model.parameters()])
 
 
+@pytest.mark.slow
 def test_the_random_control_is_the_same_architecture_untrained() -> None:
     trained: Any = cme_reward.load_verifier("embedded", device="cpu")
     for given in ("embedded", f"hf:{FOLDER}", f"random:{FOLDER}", trained):

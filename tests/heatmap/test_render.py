@@ -279,6 +279,7 @@ def test_lists_must_be_equally_long():
         TokenView(["a", "b"], [-1.0], [True, True])
 
 
+@pytest.mark.slow
 def test_page_stays_small_and_later_prompts_wait():
     many = view(*((" token", -0.5),) * 1000)
     responses = [response(many, many, prompt=f"p{i // 8}") for i in range(80)]
@@ -292,6 +293,7 @@ def test_page_stays_small_and_later_prompts_wait():
     assert parsed.count("article") == 16
 
 
+@pytest.mark.slow
 def test_one_crowded_prompt_is_cut_into_parts():
     many = view(*((" token", -0.5),) * 1000)
     page = render_html([response(many) for _ in range(100)], **NAMES)

@@ -37,6 +37,7 @@ RECORDINGS = {
 }
 
 
+@pytest.mark.slow
 def test_every_response_has_its_own_logprobs_in_order(engine: str, verifiers: Any) -> None:
     with fake(engine) as server:
         verifier = verifiers(engine, server)
