@@ -31,7 +31,8 @@ class CMEConfig:
 
     level: Level = "token"
     """"token" (the paper's): one reward per token. "sequence": the mean verifier log-prob (Eq. 3),
-    on the last token; in the miniature as quick, and better in the long run (docs/evidence.md)."""
+    on the last token; in the miniature as quick, and in the long run more often right and less
+    varied (docs/evidence.md)."""
 
     credit: Credit = "token"
     """What of the token rewards a token's advantage is made of. "token" (paper): its own. "return":

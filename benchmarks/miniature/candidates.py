@@ -37,7 +37,7 @@ class Changed:
     def logprobs(self, prompts: Rows, responses: Rows) -> list[np.ndarray]:
         found = self._verifier.logprobs(prompts, responses)
         if self._power:
-            found = [np.expm1(self._power * row) / self._power for row in found]
+            found = [bounded_power(row, self._power) for row in found]
         if self._contrast:
             alone = self._verifier.logprobs([row[:1] for row in prompts], responses)
             found = [a - self._contrast * b for a, b in zip(found, alone, strict=True)]
@@ -65,7 +65,7 @@ class Candidate:
 
     def advantages(self, batch: CMEBatch, groups: Sequence[int]) -> torch.Tensor:
         if self.worst:
-            batch = replace(batch, sequence_rewards=soft_minimum(batch, self.worst))
+            batch = replace(batch, sequence_rewards=self._softly_worst(batch))
         own_BT = batch.advantages(groups)
         if not (self.blend or self.gate):
             return own_BT
@@ -75,13 +75,20 @@ class Candidate:
             return torch.where(own_BT.sign() == whole_BT.sign(), own_BT, 0)
         return (1 - self.blend) * own_BT + self.blend * whole_BT
 
+    def _softly_worst(self, batch: CMEBatch) -> torch.Tensor:
+        """`[B]` in nats; a response of which nothing was scored keeps its reward."""
+        rows = zip(batch.verifier_tokens, batch.sequence_rewards.tolist(), strict=True)
+        return torch.tensor(
+            [soft_minimum(logp, self.worst) if len(logp) else own for (_, logp), own in rows]
+        )
 
-def soft_minimum(batch: CMEBatch, temperature: float) -> torch.Tensor:
-    """`-T log mean_s exp(-logp_s / T)` of each response's verifier tokens, `[B]` in nats."""
-    rows = [torch.from_numpy(logp) / temperature for _, logp in batch.verifier_tokens]
-    soft = [np.log(len(row)) - torch.logsumexp(-row, 0) if len(row) else None for row in rows]
-    found = [
-        float(reward) if value is None else temperature * float(value)
-        for value, reward in zip(soft, batch.sequence_rewards, strict=True)
-    ]
-    return torch.tensor(found)
+
+def bounded_power(logp: np.ndarray, power: float) -> np.ndarray:
+    """`(p^power - 1) / power`, from log-probs."""
+    return np.expm1(power * logp) / power
+
+
+def soft_minimum(logp: np.ndarray, temperature: float) -> float:
+    """`-T log mean_s exp(-logp_s / T)`, in nats: the worst for T near 0, the mean for a large T."""
+    rows = torch.from_numpy(-logp / temperature)
+    return temperature * float(np.log(len(logp)) - torch.logsumexp(rows, 0))

@@ -6,14 +6,11 @@ An interval of `1 - 0.05 / n` for n comparisons (Bonferroni): all of them hold a
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import mpmath  # comes with torch
-
+from benchmarks.miniature.evaluate import interval
 from benchmarks.miniature.runs import World, runs_of
 
 SMALL = 0.02
@@ -52,7 +49,7 @@ PAIRS = {
         ("return, policy baseline, white space kept", "return, policy baseline"),
     ),
 }
-"""What is compared with what, in each group: decided before the runs."""
+"""What is compared with what, in each group: named before their runs."""
 
 
 @dataclass(frozen=True)
@@ -112,23 +109,3 @@ def area(run: dict[str, Any]) -> float:
 
 def drift(run: dict[str, Any]) -> float:
     return max(point["accuracy"] for point in run["curve"]) - end(run)
-
-
-def interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
-    """Mean and half-width of its confidence interval over seeds (Student's t); nan for one."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    spread = statistics.stdev(values) / len(values) ** 0.5
-    return mean, quantile(0.5 + confidence / 2, len(values) - 1) * spread
-
-
-def quantile(p: float, df: int) -> float:
-    """Of Student's t with df degrees of freedom, for p > 0.5: t = sqrt(df (1 / x - 1)), where the
-    regularised incomplete beta function of x is twice the tail."""
-    low, high = 0.0, 1.0
-    for _ in range(80):
-        x = (low + high) / 2
-        tail = mpmath.betainc(df / 2, 0.5, 0, x, regularized=True) / 2
-        low, high = (x, high) if tail < 1 - p else (low, x)
-    return (df * (1 / high - 1)) ** 0.5

@@ -6,8 +6,10 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import mpmath  # comes with torch
 import numpy as np
 import torch
 
@@ -16,9 +18,6 @@ from benchmarks.miniature.models import EOS
 from benchmarks.miniature.sampling import MAX_NEW, sample
 from benchmarks.miniature.tasks import LONG, SHORT, Example, grade
 from cme_reward.metrics import repetition
-
-# Two-sided 95 % points of Student's t, by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def answers(
@@ -103,8 +102,8 @@ def entropy(
     return float(entropy_BT[target_BT[:, 1:] != -100].mean())
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % confidence interval over seeds (Student's t).
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of its confidence interval over seeds (Student's t).
 
     The half-width of a single value is not known: nan. A value that is not known gives nan.
     """
@@ -113,8 +112,20 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, float("nan")
-    half = T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return mean, half
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    return mean, quantile(0.5 + confidence / 2, len(values) - 1) * spread
 
 
-__all__ = ["MAX_NEW", "answers", "grades", "interval", "measure", "text_of", "win_rate"]
+@cache
+def quantile(p: float, df: int) -> float:
+    """Of Student's t with df degrees of freedom, for p > 0.5: t = sqrt(df (1 / x - 1)), where the
+    regularised incomplete beta function of x is twice the tail."""
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        x = (low + high) / 2
+        tail = mpmath.betainc(df / 2, 0.5, 0, x, regularized=True) / 2
+        low, high = (x, high) if tail < 1 - p else (low, x)
+    return (df * (1 / high - 1)) ** 0.5
+
+
+__all__ = ["MAX_NEW", "answers", "grades", "interval", "measure", "quantile", "text_of", "win_rate"]

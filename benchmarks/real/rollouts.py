@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.miniature.candidates import Changed
+from benchmarks.miniature.candidates import Changed, bounded_power, soft_minimum
 from benchmarks.real.models import GEMMA, ROOT, SMOLLM2
 from cme_reward import CMEConfig, CrossModelEntropy, TransformersVerifier
 from cme_reward.comparators import policy_statistics
@@ -63,10 +63,6 @@ def sample(policy: Any, tokenizer: Any, prompt: str, n: int, tokens: int) -> lis
     return [text.strip().partition("\n")[0].strip() for text in texts]
 
 
-def soft_minimum(logp: np.ndarray, temperature: float) -> float:
-    return -temperature * float(np.logaddexp.reduce(-logp / temperature) - np.log(len(logp)))
-
-
 OF_TOKENS: dict[str, Callable[[np.ndarray], float]] = {
     "mean log-prob (Eq. 3)": lambda logp: float(logp.mean()),
     "sum": lambda logp: float(logp.sum()),
@@ -75,8 +71,8 @@ OF_TOKENS: dict[str, Callable[[np.ndarray], float]] = {
     "soft minimum, 3 nats": lambda logp: soft_minimum(logp, 3.0),
     "mean of the worst 3": lambda logp: float(np.sort(logp)[:3].mean()),
     "median token": lambda logp: float(np.median(logp)),
-    "bounded power 0.5": lambda logp: float((2 * np.expm1(logp / 2)).mean()),
-    "bounded power 1": lambda logp: float(np.expm1(logp).mean()),
+    "bounded power 0.5": lambda logp: float(bounded_power(logp, 0.5).mean()),
+    "bounded power 1": lambda logp: float(bounded_power(logp, 1.0).mean()),
 }
 
 
@@ -102,7 +98,9 @@ def score(rollouts: list[Rollout], questions: list[dict[str, Any]], verifier: An
     own = policy_statistics(policy, asked, ids).logprobs or []
     for rollout, logp in zip(rollouts, own, strict=True):
         total = float(torch.as_tensor(logp).sum())
-        rollout.scores["sum - policy's own (reverse KL)"] = rollout.scores["sum"] - total
+        # Of one text on both sides: the policy's first line has no end of its own.
+        verifiers = rollout.scores["sum, EOS masked"]
+        rollout.scores["sum - policy's own (reverse KL), EOS masked"] = verifiers - total
         rollout.scores["policy's own sum"] = total
 
 

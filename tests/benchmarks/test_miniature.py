@@ -162,7 +162,10 @@ def test_win_rate() -> None:
 
 def test_interval() -> None:
     # Mean 2, deviation 1, three seeds: 4.303 / sqrt(3).
-    assert evaluate.interval([1, 2, 3]) == pytest.approx((2, 2.4843), abs=1e-4)
+    assert evaluate.interval([1, 2, 3]) == pytest.approx((2, 2.4841), abs=1e-4)
+    # Of eleven numbers 0 to 10: deviation sqrt(11) over sqrt(11), t 2.2281 with ten degrees.
+    assert evaluate.interval(range(11)) == pytest.approx((5, 2.2281), abs=1e-4)
+    assert evaluate.quantile(0.975, 5) == pytest.approx(2.5706, abs=1e-4)
     assert evaluate.interval([2])[1] != evaluate.interval([2])[1]
 
 
@@ -204,16 +207,16 @@ def test_candidates_by_hand() -> None:
 
 def test_the_soft_minimum_lies_between_the_worst_token_and_the_mean() -> None:
     logp = np.array([-1.0, -9.0])
+    soft = soft_minimum(logp, 1.0)
+    # -log((e^1 + e^9) / 2) = -(9 + log(1 + e^-8) - log 2).
+    assert soft == pytest.approx(-9 - np.log1p(np.exp(-8)) + np.log(2), abs=1e-5)
+    assert -9 < soft < -5
+    assert soft_minimum(logp, 1e6) == pytest.approx(-5, abs=1e-3)
     batch: Any = SimpleNamespace(
         verifier_tokens=[(np.array([1, 2]), logp), (np.zeros(0), np.zeros(0))],
         sequence_rewards=torch.tensor([-5.0, -3.0]),
     )
-    soft, empty = soft_minimum(batch, 1.0).tolist()
-    # -log((e^1 + e^9) / 2) = -(9 + log(1 + e^-8) - log 2).
-    assert soft == pytest.approx(-9 - np.log1p(np.exp(-8)) + np.log(2), abs=1e-5)
-    assert -9 < soft < -5
-    assert empty == -3.0
-    assert soft_minimum(batch, 1e6).tolist()[0] == pytest.approx(-5, abs=1e-3)
+    assert Candidate(worst=1.0)._softly_worst(batch).tolist() == pytest.approx([soft, -3.0])
 
 
 def test_decisions_are_paired_and_corrected(tmp_path: Path) -> None:
@@ -237,7 +240,6 @@ def test_decisions_are_paired_and_corrected(tmp_path: Path) -> None:
     assert better.drift[0] == pytest.approx(-0.100333, abs=1e-5)
     # Trapezia: the second half's mean is (0.9 + end) / 2, and counts a half.
     assert better.area[0] == pytest.approx(0.100333 / 4, abs=1e-5)
-    assert decide.quantile(0.975, 5) == pytest.approx(2.5706, abs=1e-4)
 
 
 def test_conditions_are_named_once_and_known() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.real import models, rollouts
-from benchmarks.real.rollouts import Rollout, accuracy, is_right, pairs_of, soft_minimum
+from benchmarks.real.rollouts import Rollout, accuracy, is_right, pairs_of
 
 
 def test_an_answer_is_words_of_its_own() -> None:
@@ -40,12 +40,6 @@ def test_pairs_are_of_one_question_and_texts_count_once() -> None:
     # Questions are drawn: both the first, 0.75; both the second, 0; one of each, 0.5.
     assert (low, high) == (0.0, 0.75)
     assert np.isnan(accuracy([], "s", np.random.default_rng(0))[0])
-
-
-def test_a_soft_minimum_by_hand() -> None:
-    # -log((e^1 + e^2) / 2) = -(2 + log(1 + e^-1) - log 2).
-    wanted = -(2 + np.log1p(np.exp(-1.0)) - np.log(2))
-    assert soft_minimum(np.array([-1.0, -2.0]), 1.0) == pytest.approx(wanted)
 
 
 def test_questions_are_read_zipped_or_not(tmp_path: Path) -> None:
