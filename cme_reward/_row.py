@@ -92,7 +92,7 @@ def read_row(fields: Mapping[str, Any], vocab_size: int, *, needs_policy: bool =
             raise InputError(
                 f"response_ids[{position}] is {i}, but the generator's tokenizer has ids 0 to "
                 f"{vocab_size - 1}; were they sampled with another tokenizer? Padding has "
-                "response_mask 0"
+                "response_mask 0, and a model with more ids than its tokenizer --padded-vocabulary"
             )
     if needs_policy:
         if "policy_logprobs" not in given:

@@ -93,6 +93,11 @@ class Generator:
         return str(getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__)
 
     @property
+    def id_limit(self) -> int:
+        """What it can sample is below this: its tokenizer's ids, or any of a padded vocabulary."""
+        return 2**63 if self.padded_vocabulary else self.table.vocab_size
+
+    @property
     def end_of_turn(self) -> int:
         """The id with which it ends a response: its template's, or its tokenizer's EOS.
 

@@ -15,7 +15,8 @@ from cme_reward._lru import LRU
 from cme_reward._ragged import Int64, row_offsets
 from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
-from cme_reward.conversation.format import PROMPTS_KEPT, Prompt, PromptFormat
+from cme_reward.conversation.format import PROMPTS_KEPT, PromptFormat
+from cme_reward.conversation.messages import Prompt
 from cme_reward.conversation.thinking import starts_with_thought
 from cme_reward.conversation.turns import Segment, Shown
 from cme_reward.errors import VerifierError

@@ -25,7 +25,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from cme_reward import ConfigError, InputError
 from cme_reward.cli.options import configuration, read_value
 from cme_reward.comparators import REWARDS
-from cme_reward.conversation.format import PromptFormat, as_messages, plain_content
+from cme_reward.conversation.format import PromptFormat
+from cme_reward.conversation.messages import as_messages, plain_content
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
 
 Prompt = str | list[dict[str, Any]]

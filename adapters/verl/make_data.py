@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cme_reward import InputError
-from cme_reward.conversation.format import as_messages, plain_content
+from cme_reward.conversation.messages import as_messages, plain_content
 
 Messages = list[dict[str, str]]
 

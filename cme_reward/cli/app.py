@@ -191,9 +191,7 @@ def score(
         from cme_reward.cli import jsonl
         from cme_reward.cli.score import as_view, dump, score_rows, summary, write_html
 
-        vocab_size = None if generator_tokenizer is None else scorer.table.vocab_size
-        if padded_vocabulary and generator_tokenizer is not None:
-            vocab_size = 2**63
+        vocab_size = None if generator_tokenizer is None else scorer.generator.id_limit
         rows = jsonl.read_rows(source, vocab_size, needs_policy=settled.baseline == "policy")
         eos_id = scorer.generator.end_of_turn if append_eos else None
         counts: Counter[str] = Counter()

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from cme_reward.comparators.base import Call, Comparator, Values
 from cme_reward.config import CMEConfig
-from cme_reward.conversation.format import Prompt, PromptFormat
-from cme_reward.conversation.messages import as_messages, plain_content
+from cme_reward.conversation.format import PromptFormat
+from cme_reward.conversation.messages import Prompt, as_messages, plain_content
 from cme_reward.errors import ConfigError, VerifierError
 from cme_reward.spans.table import SpanTable
 from cme_reward.verifiers import Ensemble, Verifier, load_verifier

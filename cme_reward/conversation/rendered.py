@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError
 
 from cme_reward._lru import LRU
-from cme_reward.conversation.format import PROMPTS_KEPT, Message, Prompt
-from cme_reward.conversation.messages import plain_messages
+from cme_reward.conversation.format import PROMPTS_KEPT
+from cme_reward.conversation.messages import Message, Prompt, plain_messages
 from cme_reward.errors import InputError
 from cme_reward.spans.pieces import special_ids
 from cme_reward.spans.table import SpanTable

@@ -11,7 +11,7 @@ import numpy as np
 
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
-from cme_reward.conversation.format import Prompt
+from cme_reward.conversation.messages import Prompt
 from cme_reward.conversation.rendered import RenderedReader, messages_from_label
 from cme_reward.errors import ConfigError
 from cme_reward.metrics import names

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cme_reward.conversation.format import Prompt
+from cme_reward.conversation.messages import Prompt
 from cme_reward.errors import CMEError, ConfigError, VerifierError
 from cme_reward.reward import CrossModelEntropy
 from cme_reward.verifiers import Ensemble, Verifier, load_verifier

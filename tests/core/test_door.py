@@ -32,9 +32,7 @@ from cme_reward.metrics import METRICS
 from cme_reward.verifiers.base import Closes
 from cme_reward.verifiers.shared import shared
 
-ROOT = Path(__file__).parents[1]
-while not (ROOT / "pyproject.toml").exists():
-    ROOT = ROOT.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Closing(TableVerifier, Closes):

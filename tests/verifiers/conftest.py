@@ -1,4 +1,4 @@
-"""Verifiers behind HTTP, for the tests of this folder."""
+"""A tokenizer, and verifiers behind HTTP, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 from endpoint_tools import QUICK
 from fake_engines import FakeEngine
+from tiny_models import trained_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from cme_reward import load_verifier
 from cme_reward.verifiers.endpoint import EndpointVerifier
+
+
+@pytest.fixture(scope="module")
+def bpe() -> PreTrainedTokenizerFast:
+    return trained_tokenizer()
 
 
 @pytest.fixture(params=["vllm", "sglang"])

@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,15 +79,34 @@ def test_a_call_above_the_budget_is_still_answered() -> None:
     np.testing.assert_array_equal(row, logprob_of(np.array([1, 2, 3])))
 
 
-def test_a_verifier_that_lingers_waits_for_those_who_come_back() -> None:
-    inner = GatedVerifier()
+class Timed(GatedVerifier):
+    """On a clock of its own, its calls take so many seconds, one after the other."""
+
+    def __init__(self, *seconds: float) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.seconds = iter(seconds)
+
+    def logprobs(self, prompts: Any, responses: Any) -> list[np.ndarray]:
+        answers = super().logprobs(prompts, responses)
+        self.now += next(self.seconds)
+        return answers
+
+
+def test_a_verifier_that_lingers_waits_for_those_who_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The second call takes longer than others take to come in; who did not come back after the
+    # third is waited for as long as that took; the fourth one's caller is alone.
+    inner = Timed(0.0, PATIENCE, 0.01, 1000 * PATIENCE, 0.0)
+    clock = SimpleNamespace(perf_counter=lambda: inner.now)
+    monkeypatch.setattr("cme_reward.verifiers.batching.time", clock)
     with BatchingVerifier(inner, linger_seconds=PATIENCE) as shared, ThreadPoolExecutor(8) as pool:
         answers = queue_up(shared, [[[1]], [[2]], [[3]]], pool)
         inner.gate.set()
         for answer in answers:
             answer.result(PATIENCE)
         assert inner.calls == [[[1]], [[2], [3]]]
-        shared._last_seconds = PATIENCE  # longer than these calls take to come in
         again = [pool.submit(shared.logprobs, [[4]], [[1]])]
         until(waits(shared, 1))
         again.append(pool.submit(shared.logprobs, [[5]], [[1]]))
@@ -94,10 +114,8 @@ def test_a_verifier_that_lingers_waits_for_those_who_come_back() -> None:
             answer.result(PATIENCE)
         assert inner.calls[2:] == [[[4], [5]]]
         # One of them does not come back, and is waited for as long as the last call took.
-        shared._last_seconds = 0.01
         pool.submit(shared.logprobs, [[6]], [[1]]).result(PATIENCE)
         # Who is alone does not wait.
-        shared._last_seconds = 1000 * PATIENCE
         pool.submit(shared.logprobs, [[7]], [[1]]).result(PATIENCE)
         assert inner.calls[3:] == [[[6]], [[7]]]
 

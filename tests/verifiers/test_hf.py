@@ -19,7 +19,6 @@ from tiny_models import (
     draw,
     oracle,
     ragged_batch,
-    trained_tokenizer,
 )
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, Phi3Config, PreTrainedTokenizerFast
@@ -28,20 +27,6 @@ from cme_reward.errors import ConfigError, InputError, TokenizerError, VerifierE
 from cme_reward.verifiers.base import Verifier
 from cme_reward.verifiers.head import gather_logprobs
 from cme_reward.verifiers.hf import TransformersVerifier
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only get in each other's way on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def bpe() -> PreTrainedTokenizerFast:
-    return trained_tokenizer()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

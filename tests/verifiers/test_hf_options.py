@@ -23,9 +23,7 @@ from tiny_models import (
     draw,
     oracle,
     ragged_batch,
-    trained_tokenizer,
 )
-from transformers import PreTrainedTokenizerFast
 
 from cme_reward.errors import ConfigError
 from cme_reward.verifiers.head import float32_forward
@@ -33,20 +31,6 @@ from cme_reward.verifiers.hf import TransformersVerifier
 from cme_reward.verifiers.offload import OffloadedWeights
 
 MODELS = ["llama", "gemma2", "gemma3", "qwen3", "gpt2"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only get in each other's way on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def bpe() -> PreTrainedTokenizerFast:
-    return trained_tokenizer()
 
 
 @pytest.fixture
