@@ -71,8 +71,8 @@ class Segment:
     eos: int | None
     """Position in the segment of the token that ends the turn; None where it was cut off."""
 
-    dummy_space: bool
-    """The text starts with the space of a SentencePiece dummy prefix, which a message lacks."""
+    word_space: bool
+    """The text starts with the space that belongs to its first word's token, see `_word_space`."""
 
     share_T: NDArray[np.float64] | None = None
     """How much of each token's text is in `text`; None for all of it."""
@@ -85,7 +85,7 @@ class Segment:
 
     def as_message(self) -> tuple[str, Int64]:
         """Text and ends as part of a chat message."""
-        if self.chat_said or not self.dummy_space:
+        if self.chat_said or not self.word_space:
             return self.text, self.ends
         return self.text[1:], np.maximum(self.ends - WHOLE_CHAR, 0)
 
@@ -216,18 +216,28 @@ def _segments(
                 continue
             for start, stop, (i, j) in _stretches(part, split, thinking.mode):
                 context = part.text[shown:i] if thinking.mode == "condition" else ""
-                strip = dummy and not chat_said and not shown and context.startswith(" ")
+                strip = not chat_said and not shown and _word_space(context, dummy=dummy)
                 said, chat_said = said + context, chat_said + context[strip:]
                 segment = _segment(row, part, start, stop, (i, j))
                 segment.prompt, segment.said = prompt, said
                 segment.chat_prompt, segment.chat_said = chat_prompt, chat_said
-                segment.dummy_space = dummy and not i and segment.text.startswith(" ")
+                segment.word_space = not i and _word_space(segment.text, dummy=dummy)
                 segment.n_thinking = _n_thinking(part, split, start, stop)
                 segment.unclosed = split.unclosed and stop == part.stop - part.start
                 segments.append(segment)
                 said, chat_said = said + segment.text, chat_said + segment.as_message()[0]
                 shown = j
     return segments
+
+
+def _word_space(text: str, *, dummy: bool) -> bool:
+    """Whether a turn that begins so begins with a space which is no part of what it says.
+
+    A base model that goes on after "Answer:" says " Paris", in one token, and SentencePiece puts a
+    dummy prefix in front of everything. No chat model's turn begins so: a verifier that is shown
+    the space may give it ten nats. More white space than one space is text, such as indented code.
+    """
+    return text.startswith(" ") and (dummy or bool(text[1:2].strip()))
 
 
 def _stretches(part: _Part, split: Split, mode: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
@@ -262,7 +272,7 @@ def _segment(row: int, part: _Part, start: int, stop: int, at: tuple[int, int]) 
         kinds = np.where(kept, kinds, np.where(in_answer, kinds_of(text, ends, in_answer), THOUGHT))
     eos = None if part.eos is None or part.eos < start else part.eos - start
     return Segment(row, part.start + start, part.start + stop, "", "", "", "", text, ends,
-                   kinds.astype(np.uint8), eos, dummy_space=False, share_T=share_T)  # fmt: skip
+                   kinds.astype(np.uint8), eos, word_space=False, share_T=share_T)  # fmt: skip
 
 
 def _n_thinking(part: _Part, split: Split, start: int, stop: int) -> int:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
 import math
 import pickle
+import re
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -25,6 +28,7 @@ from cme_reward import (
     VerifierError,
     load_verifier,
 )
+from cme_reward.spans.utf8 import WHOLE_CHAR
 
 PAPER = CMEConfig(eos="mask")
 KEEP = CMEConfig(whitespace="keep")
@@ -61,6 +65,8 @@ def test_equals_the_naive_pipeline_and_conserves(
     ids = [*sampled(table, text)[cut:], *extra, *sampled(table, text)[:cut]]
     batch = cme(["p"], [ids])
     shown, ends = table.decode(ids)
+    if cme.members[0].format.is_chat and re.match(r" \S", shown):  # the first word's own space
+        shown, ends = shown[1:], np.maximum(ends - WHOLE_CHAR, 0)
     verifier_table = SpanTable(stub.tokenizer)
     (asked,), (verifier_ends,), (holes,) = verifier_table.encode_batch([shown])
     assert stub.responses[:1] in ([asked.tolist()], [])
@@ -269,6 +275,45 @@ def test_the_space_of_a_dummy_prefix_is_text_in_a_story_and_not_in_a_message() -
         assert batch.token_logprobs.sum().item() == pytest.approx(
             logprob_of(np.array(stub.responses[0])).sum()
         )
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (" she ran", "she ran"),
+        (" ", " "),
+        ("  return 1", "  return 1"),
+        (" \n she", " \n she"),
+        ("\n she", "\n she"),
+        ("she", "she"),
+    ],
+)
+@pytest.mark.parametrize("generator", ["bytes", "byte-level"])
+def test_the_space_in_front_of_a_first_word_is_no_part_of_a_message(
+    said: str, shown: str, generator: str
+) -> None:
+    """A base model goes on with " she" after "A:"; a chat model's turn does not begin so."""
+    for kind, wanted in (("byte-level", shown), ("byte-level, no template", said)):
+        tokenizer = copy.deepcopy(load_tokenizer("byte-level"))
+        if kind != "byte-level":
+            tokenizer.chat_template = None
+        stub = TableVerifier(tokenizer)
+        cme = CrossModelEntropy(stub, load_tokenizer(generator), KEEP)
+        ids = sampled(cme.table, said)
+        policy = [-0.5] * len(ids)
+        batch = cme(["p"], [ids])
+        assert cme.members[0].table.decode(stub.responses[0])[0] == wanted
+        logp = logprob_of(np.array(stub.responses[0]))
+        assert batch.token_logprobs.sum().item() == pytest.approx(logp.sum())
+        assert batch.sequence_rewards.item() == pytest.approx(logp.mean())
+        # The policy's own is of the same tokens: all but a space that is one by itself.
+        less = replace(KEEP, baseline="policy")
+        own = CrossModelEntropy(stub, load_tokenizer(generator), less)(["p"], [ids], None, [policy])
+        counted = len(ids) - (generator == "bytes" and wanted != said)
+        assert own.sequence_rewards.item() == pytest.approx(
+            (logp.sum() + 0.5 * counted) / len(logp)
+        )
+        assert own.mask.sum().item() == counted
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,12 @@ def n_unfinished(written: list[bytes]) -> int:
     return 0
 
 
+def without_word_space(text: str, chat_said: str) -> str:
+    """A turn's first text as a chat model is shown it: no single space in front of a word."""
+    begins = not chat_said and text[:1] == " " and len(text) > 1 and not text[1].isspace()
+    return text[1:] if begins else text
+
+
 def segments_of(case: Case, name: str, config: CMEConfig) -> list[Any]:
     """`(turn, piece, sampled, ends, tokens with whole characters, text, start, stop, whether it is
     the piece's last, what is said before it to a chat model and to a base model, earlier turns)` of
@@ -315,11 +321,14 @@ def segments_of(case: Case, name: str, config: CMEConfig) -> list[Any]:
             shown_to = 0
             for i, j in stretches:
                 if config.thinking == "condition":
-                    said, chat_said = said + text[shown_to:i], chat_said + text[shown_to:i]
+                    context = text[shown_to:i]
+                    said += context
+                    chat_said += context if shown_to else without_word_space(context, chat_said)
                 last = (i, j) == stretches[-1]
                 found.append((n, k, piece, ends[k], n_whole[k], text, i, j, last, chat_said, said,
                               list(turns_said)))  # fmt: skip
-                said, chat_said = said + text[i:j], chat_said + text[i:j]
+                answer = text[i:j] if i else without_word_space(text[i:j], chat_said)
+                said, chat_said = said + text[i:j], chat_said + answer
                 shown_to = j
         turns_said.append(chat_said)
     return found
@@ -356,8 +365,13 @@ def check(
         where = positions[n, k]
         has_end = last and piece.end is not None and config.eos == "score"
         wide = [(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        # Where the text begins that each verifier is shown.
+        begins = [
+            j - len(without_word_space(text[i:j], chat_said)) if v in CHAT and i == 0 else i
+            for v in verifiers
+        ]
         for t, (a, b) in enumerate(wide):
-            lo, hi = max(a, 12 * i), min(b, 12 * j)
+            lo, hi = max(a, 12 * max(begins)), min(b, 12 * j)
             if lo < hi and t < n_whole:
                 inked = any(not c.isspace() for c in text[lo // 12 : -(-hi // 12)])
                 scored[where[t]] |= inked or config.whitespace == "keep"
@@ -385,7 +399,7 @@ def check(
             else:
                 content = case.prompt if isinstance(case.prompt, str) else case.prompt[0]["content"]
                 wanted = content + said
-            answer = text[i:j]
+            answer = text[begins[m] : j]
             if "sentencepiece" in verifier:  # to which a literal U+2581 is a space
                 wanted, answer = wanted.replace("▁", " "), answer.replace("▁", " ")
             if prompt.removeprefix(tokenizer.bos_token or "\0") not in (
@@ -410,11 +424,14 @@ def check(
                 sums[m][1] += case.policy[where[-1]]
             sums[m][0] += math.fsum(logp)
             sums[m][2] += len(logp)
+            first = 12 * begins[m]
             for t, (a, b) in enumerate(wide):  # the double loop
-                lo, hi = max(a - 12 * i, 0), min(b, 12 * j) - 12 * i
+                lo, hi = max(a, first) - first, min(b, 12 * j) - first
                 if lo >= hi:
                     continue
-                sums[m][1] += case.policy[where[t]] * (hi - lo) / (b - a)
+                # A word's own space is no text that was chosen, and counts for nothing.
+                written = b - (max(a, first) if begins[m] > i else a)
+                sums[m][1] += case.policy[where[t]] * (hi - lo) / written
                 left = 0
                 for stop, value in zip(right, logp, strict=False):
                     overlap = min(stop, hi) - max(left, lo)
