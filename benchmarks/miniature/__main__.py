@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.grpo import Settings
 from benchmarks.miniature import ranking, report
 from benchmarks.miniature.cast import Scale
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS, STUDY
-from benchmarks.miniature.grpo import Settings
 from benchmarks.miniature.models import Size
 from benchmarks.miniature.runs import World, run_all
 

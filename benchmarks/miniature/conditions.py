@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.grpo import Settings
 from benchmarks.miniature.candidates import Candidate
-from benchmarks.miniature.grpo import Settings
 
 STRONGEST = "verifier-4"
 

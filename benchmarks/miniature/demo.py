@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.grpo import Settings
 from benchmarks.miniature import evaluate, pictures, rewards, trl_run
 from benchmarks.miniature.cast import Cast, Scale
 from benchmarks.miniature.conditions import STRONGEST, Condition
-from benchmarks.miniature.grpo import Settings
 from benchmarks.miniature.tasks import TASKS, Example, held_out_set
 from cme_reward import CMEConfig, CrossModelEntropy
 from cme_reward.heatmap.render import ResponseView, TokenView, print_heat_map, render_html

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.miniature.candidates import Candidate
 from benchmarks.miniature.cast import META_QUESTION, META_TEMPLATE, Cast
 from benchmarks.miniature.conditions import Condition
 from cme_reward import CMEConfig
@@ -50,7 +51,11 @@ def reward(condition: Condition, cast: Cast, policy: Any) -> Any:
 
 def advantages(condition: Condition, cast: Cast, policy: Any) -> Advantages:
     """`(prompts, prompt_ids, response_ids, groups) -> advantages [B, T]` of a condition."""
-    scorer = reward(condition, cast, policy)
+    return given_by(reward(condition, cast, policy), condition.candidate, policy)
+
+
+def given_by(scorer: Any, candidate: Candidate, policy: Any) -> Advantages:
+    """`(prompts, prompt_ids, response_ids, groups) -> advantages [B, T]` of a reward."""
 
     def call(
         prompts: Sequence[str],
@@ -62,6 +67,6 @@ def advantages(condition: Condition, cast: Cast, policy: Any) -> Advantages:
         if needed_statistics(scorer):
             statistics = policy_statistics(policy, prompt_ids, response_ids)
         batch = call_reward(scorer, prompts, response_ids, None, statistics)
-        return condition.candidate.advantages(batch, groups)
+        return candidate.advantages(batch, groups)
 
     return call

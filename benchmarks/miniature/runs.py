@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.miniature import evaluate, grpo, rewards
+from benchmarks import grpo
+from benchmarks.grpo import Settings
+from benchmarks.miniature import evaluate, rewards
 from benchmarks.miniature.cast import Cast, Scale
 from benchmarks.miniature.conditions import Condition
-from benchmarks.miniature.grpo import Settings
+from benchmarks.miniature.environment import Tasks
 from benchmarks.miniature.tasks import TASKS, held_out_set
 
 
@@ -67,7 +69,7 @@ def run(world: World, condition: Condition, seed: int) -> dict[str, Any]:
         curve = train(policy, tokenizer, condition, cast, settings, test, seed)
     else:
         give = rewards.advantages(condition, cast, policy)
-        curve = grpo.train(policy, tokenizer, give, settings, test, seed)
+        curve = grpo.train(policy, Tasks(tokenizer, test, seed), give, settings, seed)
     sampled = evaluate.answers(policy, tokenizer, test, seed=seed)
     marks = evaluate.grades(tokenizer, test, sampled)
     result = {

@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
+from benchmarks.grpo import Settings
 from benchmarks.miniature import evaluate, rewards
 from benchmarks.miniature.cast import Cast
 from benchmarks.miniature.conditions import Condition
-from benchmarks.miniature.grpo import Settings
 from benchmarks.miniature.models import EOS, PAD
 from benchmarks.miniature.sampling import MAX_NEW
 from benchmarks.miniature.tasks import Example, stream

@@ -12,9 +12,7 @@ explains nothing.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +26,9 @@ from rich.table import Table
 
 from benchmarks.miniature.candidates import Changed, bounded_power, soft_minimum
 from benchmarks.real.models import GEMMA, ROOT, SMOLLM2
+from benchmarks.real.questions import ASKED, Question, is_right, read_questions
 from cme_reward import CMEConfig, CrossModelEntropy, TransformersVerifier
 from cme_reward.comparators import policy_statistics
-
-ASKED = "Question: {prompt}\nAnswer:"
 
 
 @dataclass
@@ -40,16 +37,6 @@ class Rollout:
     text: str
     right: bool
     scores: dict[str, float] = field(default_factory=dict)
-
-
-def read_questions(path: Path) -> list[dict[str, Any]]:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in raw.decode().splitlines() if line.strip()]
-
-
-def is_right(text: str, answers: Sequence[str]) -> bool:
-    """Whether one of the answers stands in the text, as words of its own."""
-    return any(re.search(rf"(?<!\w){re.escape(a)}(?!\w)", text, re.IGNORECASE) for a in answers)
 
 
 def sample(policy: Any, tokenizer: Any, prompt: str, n: int, tokens: int) -> list[str]:
@@ -76,10 +63,10 @@ OF_TOKENS: dict[str, Callable[[np.ndarray], float]] = {
 }
 
 
-def score(rollouts: list[Rollout], questions: list[dict[str, Any]], verifier: Any, tokenizer: Any,
+def score(rollouts: list[Rollout], questions: list[Question], verifier: Any, tokenizer: Any,
           policy: Any) -> None:  # fmt: skip
     """Fill in all scores; each text is read once with its prompt and once without."""
-    prompts = [questions[r.question]["prompt"] for r in rollouts]
+    prompts = [questions[r.question].prompt for r in rollouts]
     texts = [r.text for r in rollouts]
     for name, config in (("", CMEConfig()), (", EOS masked", CMEConfig(eos="mask"))):
         batch = CrossModelEntropy(verifier, tokenizer, config).score_texts(prompts, texts)
@@ -167,10 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policy = TransformersVerifier.from_pretrained(given.policy, dtype="float32")
     torch.manual_seed(given.seed)
     rollouts = [
-        Rollout(q, text, is_right(text, question["answers"]))
+        Rollout(q, text, is_right(text, question.answers))
         for q, question in enumerate(track(questions, "sampling", transient=True))
         for text in sample(
-            policy.model, policy.tokenizer, question["prompt"], given.rollouts, given.tokens
+            policy.model, policy.tokenizer, question.prompt, given.rollouts, given.tokens
         )
         if text
     ]

@@ -15,13 +15,13 @@ import pytest
 import torch
 from trl_tiny import tokenizer as other_tokenizer
 
+from benchmarks.grpo import Settings
 from benchmarks.miniature import decide, evaluate, grammar, models, tasks, vocabulary
 from benchmarks.miniature.__main__ import SMALL, main
 from benchmarks.miniature.candidates import Candidate, soft_minimum
 from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.demo import main as main_of_demo
-from benchmarks.miniature.grpo import Settings
 from benchmarks.miniature.models import EOS, Size
 from benchmarks.miniature.runs import World, file_of, run
 from benchmarks.miniature.sampling import sample

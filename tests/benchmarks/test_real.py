@@ -6,13 +6,18 @@ import gzip
 import hashlib
 import json
 import zipfile
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tiny_models import CONFIGS, build, trained_tokenizer
 
-from benchmarks.real import models, rollouts
-from benchmarks.real.rollouts import Rollout, accuracy, is_right, pairs_of
+from benchmarks.real import check, models
+from benchmarks.real.questions import Question, ShortQuestions, is_right, read_questions
+from benchmarks.real.rollouts import Rollout, accuracy, pairs_of
 
 
 def test_an_answer_is_words_of_its_own() -> None:
@@ -47,8 +52,104 @@ def test_questions_are_read_zipped_or_not(tmp_path: Path) -> None:
     text = "\n".join(map(json.dumps, rows)) + "\n\n"
     (tmp_path / "q.jsonl").write_text(text)
     (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "apart.jsonl").write_text(json.dumps({**rows[0], "split": "apart"}))
+    wanted = Question("What is one and one?", ("2", "two"), apart=False)
     for name in ("q.jsonl", "q.jsonl.gz"):
-        assert rollouts.read_questions(tmp_path / name) == rows
+        assert read_questions(tmp_path / name) == [wanted]
+    assert read_questions(tmp_path / "apart.jsonl") == [replace(wanted, apart=True)]
+
+
+QUESTIONS = [
+    Question("Where?", ("here", "there"), apart=False),
+    Question("Who is it?", ("me",), apart=False),
+    Question("Why?", ("so",), apart=True),
+]
+
+
+def tiny_environment() -> ShortQuestions:
+    tokenizer = trained_tokenizer()
+    tokenizer.pad_token = "<pad>"
+    return ShortQuestions(tokenizer, QUESTIONS, seed=0, tokens=6)
+
+
+def test_questions_apart_are_never_asked_and_the_others_in_turn() -> None:
+    asked = [tiny_environment().ask(5), tiny_environment().ask(5)]
+    assert asked[0] == asked[1]
+    assert set(asked[0]) == {"Where?", "Who is it?"}
+    assert all(len(set(asked[0][k : k + 2])) == 2 for k in (0, 2))
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gemma3"])
+def test_an_answer_ends_with_its_line_and_has_the_policys_logprobs(kind: str) -> None:
+    environment = tiny_environment()
+    tokenizer = environment._tokenizer
+    policy = build(CONFIGS[kind], scale=3.0)
+    newline, eos = tokenizer.encode("\n")[0], tokenizer.eos_token_id
+    assert environment._answer([5, 6, newline, 7]) == [5, 6, eos]
+    assert environment._answer([5, 6]) == [5, 6]
+    prompt_ids = environment.encode(["Where?", "Who is it?", "Why?"])
+    response_ids = [[5, 6, eos], [7], [8, 9, 10, 11]]
+    found = environment.logprobs(policy, prompt_ids, response_ids)
+    for prompt, response, logp in zip(prompt_ids, response_ids, found, strict=True):
+        row = [*prompt, *(newline if i == eos else i for i in response)]
+        with torch.no_grad():
+            table = policy(torch.tensor([row])).logits[0].log_softmax(-1)
+        for t, i in enumerate(row[len(prompt) :]):
+            assert logp[t].item() == pytest.approx(table[len(prompt) + t - 1, i].item(), abs=1e-4)
+    sum(row.sum() for row in found).backward()  # type: ignore[union-attr]
+    # Greedy answers do not depend on which others are asked beside them.
+    alone = [environment.sample(policy, [row], None)[0] for row in prompt_ids]
+    assert environment.sample(policy, prompt_ids, None) == alone
+    drawn = [
+        environment.sample(policy, prompt_ids, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.slow
+def test_the_check_trains_keeps_its_runs_and_tabulates_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every condition, on toys; the oracle's advantages by hand."""
+    policy = build(CONFIGS["llama-tied"], scale=3.0)
+    tokenizer = trained_tokenizer()
+    tokenizer.pad_token = "<pad>"
+    policy.resize_token_embeddings(len(tokenizer))
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    rows = [
+        {"prompt": q.prompt, "answers": q.answers, "split": "apart" if q.apart else "train"}
+        for q in QUESTIONS
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    embedded = str(files("cme_reward") / "verifiers" / "embedded")
+    arguments = ["--questions", str(tmp_path / "q.jsonl"), "--policy", str(tmp_path / "policy")]
+    arguments += ["--verifier", embedded, "--out", str(tmp_path / "out"), "--steps", "1"]
+    arguments += ["--prompts", "2", "--rollouts", "2", "--tokens", "4"]
+    for name in check.CONDITIONS:
+        arguments += ["--condition", name]
+    check.main(arguments)
+    runs = sorted((tmp_path / "out").glob("*.json"))
+    assert len(runs) == len(check.CONDITIONS)
+    kept = json.loads(runs[0].read_text())
+    assert [point["step"] for point in kept["curve"]] == [0, 1]
+    assert kept["curve"][0]["texts"] != []
+    stamps = [run.stat().st_mtime_ns for run in runs]
+    check.main(arguments)  # nothing is done again
+    assert [run.stat().st_mtime_ns for run in runs] == stamps
+    shown = capsys.readouterr().out
+    assert "oracle" in shown
+    assert "right, apart" in shown.replace("\n", " ")
+
+    environment = tiny_environment()
+    give = check.advantages_of("oracle", environment, policy, environment._tokenizer, None)
+    words = [environment._tokenizer.encode(text) for text in ("there", "x", "me", "me too")]
+    found = give(["Where?", "Where?", "Who is it?", "Who is it?"], [], words, [0, 0, 1, 1])
+    half = 0.5 / (0.5**0.5 + 0.1)  # marks 1 and 0: mean 0.5, sample deviation sqrt(1 / 2)
+    assert found[:, 0].tolist() == pytest.approx([half, -half, 0, 0])
+    assert found.shape == (4, max(map(len, words)))
+    with pytest.raises(SystemExit):
+        check.main(["--condition", "oracle"])
 
 
 def test_a_file_in_parts_is_joined_in_order_and_has_to_be_the_right_one(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from benchmarks.miniature import evaluate, models
-from benchmarks.miniature.sampling import sample
-from benchmarks.miniature.tasks import Example, stream
+Ids = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,35 @@ class Settings:
     """Steps between two measurements."""
 
 
+class Environment(Protocol):
+    """What is asked, how it is answered, and what the answers are worth to a judge."""
+
+    def ask(self, n: int) -> list[str]:
+        """The next n prompts."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Ids: ...
+
+    def sample(self, policy: Any, prompt_ids: Ids, draws: torch.Generator) -> Ids:
+        """A response to each prompt at temperature 1, its end included where it stopped."""
+        ...
+
+    def logprobs(self, policy: Any, prompt_ids: Ids, response_ids: Ids) -> list[torch.Tensor]:
+        """`log p` of each response's tokens in nats, with gradients."""
+        ...
+
+    def measure(self, policy: Any) -> dict[str, Any]:
+        """On prompts that are never asked."""
+        ...
+
+
 def train(
     policy: Any,
-    tokenizer: Any,
+    environment: Environment,
     advantages: Callable[..., torch.Tensor],
     settings: Settings,
-    test: Sequence[Example],
     seed: int,
-    log: Callable[[str], None] = lambda line: None,
+    log: Callable[[dict[str, Any]], None] = lambda point: None,
 ) -> list[dict[str, Any]]:
     """Train the policy in place; returns a measurement at the start, then at every interval.
 
@@ -45,54 +64,49 @@ def train(
 
     Args:
         policy: the generator.
-        tokenizer: its tokenizer.
+        environment: what it is trained and measured on.
         advantages: `(prompts, prompt_ids, response_ids, groups) -> [B, T]`.
         settings: sizes and learning rate.
-        test: held-out questions to measure on.
-        seed: of prompts and sampling.
-        log: receives a line at each measurement.
+        seed: of sampling.
+        log: receives each measurement.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, weight_decay=0.0)
     draws = torch.Generator().manual_seed(seed)
-    examples = stream(10_000 + seed)
     curve: list[dict[str, Any]] = []
 
     def take_stock(step: int) -> None:
-        point = evaluate.measure(policy, tokenizer, test) | {"step": step}
-        curve.append(point)
-        log(f"step {step}: accuracy {point['accuracy']:.2f}, length {point['length']:.1f}")
+        policy.eval()
+        curve.append(environment.measure(policy) | {"step": step})
+        log(curve[-1])
 
     take_stock(0)
     for step in range(1, settings.steps + 1):
-        asked = [next(examples).prompt for _ in range(settings.prompts)]
+        asked = environment.ask(settings.prompts)
         prompts = [p for p in asked for _ in range(settings.rollouts)]
-        prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        prompt_ids = environment.encode(prompts)
         policy.eval()
-        response_ids = sample(policy, prompt_ids, draws)
-        rows = [(p + r, len(p)) for p, r in zip(prompt_ids, response_ids, strict=True)]
-        ids_BT, target_BT = models.collate(rows)
+        response_ids = environment.sample(policy, prompt_ids, draws)
         policy.train()
-        device = policy.device
-        logp_BT = -models.token_losses(policy, ids_BT.to(device), target_BT.to(device))
-        # Row b's response begins where its prompt ends.
-        own = [
-            logp_BT[b, len(p) - 1 : len(p) - 1 + len(r)]
-            for b, (p, r) in enumerate(zip(prompt_ids, response_ids, strict=True))
-        ]
+        own = environment.logprobs(policy, prompt_ids, response_ids)
         groups = [b // settings.rollouts for b in range(len(prompts))]
-        advantages_BT = advantages(prompts, prompt_ids, response_ids, groups).to(device)
+        advantages_BT = advantages(prompts, prompt_ids, response_ids, groups).to(own[0].device)
         per_response = [(advantages_BT[b, : len(row)] * row).mean() for b, row in enumerate(own)]
         loss = -torch.stack(per_response).mean()
-        scale = min(1.0, step / settings.warmup)
-        if settings.cosine:
-            done = max(0.0, (step - settings.warmup) / max(1, settings.steps - settings.warmup))
-            scale *= 0.5 + 0.5 * math.cos(math.pi * done)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * scale
+            group["lr"] = settings.lr * _scale(step, settings)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % settings.every == 0 or step == settings.steps:
             take_stock(step)
     return curve
+
+
+def _scale(step: int, settings: Settings) -> float:
+    """Of the learning rate."""
+    scale = min(1.0, step / settings.warmup)
+    if settings.cosine:
+        done = max(0.0, (step - settings.warmup) / max(1, settings.steps - settings.warmup))
+        scale *= 0.5 + 0.5 * math.cos(math.pi * done)
+    return scale

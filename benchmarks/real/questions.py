@@ -1,0 +1,193 @@
+"""Short questions with known answers, as something to train on (`benchmarks.grpo`) and to mark.
+
+A base model is asked `Question: ...` / `Answer:`, and its answer ends with the line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.grpo import Ids
+from cme_reward.metrics import repetition
+
+ASKED = "Question: {prompt}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: str
+    answers: tuple[str, ...]
+    apart: bool
+    """Never trained on."""
+
+
+def read_questions(path: Path) -> list[Question]:
+    """JSON lines with `prompt`, `answers` and perhaps `split`, of which "train" is trained on."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [json.loads(line) for line in raw.decode().splitlines() if line.strip()]
+    return [
+        Question(row["prompt"], tuple(row["answers"]), row.get("split", "train") != "train")
+        for row in rows
+    ]
+
+
+def is_right(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in the text, as words of its own."""
+    return any(re.search(rf"(?<!\w){re.escape(a)}(?!\w)", text, re.IGNORECASE) for a in answers)
+
+
+class ShortQuestions:
+    """Questions in the order of a seed.
+
+    Args:
+        tokenizer: the policy's.
+        questions: those to train on and those kept apart.
+        seed: of their order.
+        tokens: most tokens of an answer.
+    """
+
+    def __init__(
+        self, tokenizer: Any, questions: Sequence[Question], seed: int, tokens: int = 20
+    ) -> None:
+        self.questions = list(questions)
+        self._by_prompt = {question.prompt: question for question in questions}
+        self._tokenizer, self._tokens = tokenizer, tokens
+        self._asked = [q.prompt for q in questions if not q.apart]
+        self._order = random.Random(seed)
+        self._queue: list[str] = []
+        # The vocabulary writes a line's end in several lengths.
+        self._stops = [tokenizer.encode("\n" * n, add_special_tokens=False) for n in (1, 2, 3)]
+        self._stops = [ids[0] for ids in self._stops if len(ids) == 1] + [tokenizer.eos_token_id]
+
+    def ask(self, n: int) -> list[str]:
+        while len(self._queue) < n:
+            self._queue += self._order.sample(self._asked, len(self._asked))
+        asked, self._queue = self._queue[:n], self._queue[n:]
+        return asked
+
+    def encode(self, prompts: Sequence[str]) -> Ids:
+        return self._tokenizer([ASKED.format(prompt=p) for p in prompts])["input_ids"]
+
+    def sample(self, policy: Any, prompt_ids: Ids, draws: torch.Generator | None) -> Ids:
+        """The end of an answer's line, which is no special token, is given as EOS.
+
+        Without `draws`, the likeliest tokens.
+        """
+        width, pad = max(map(len, prompt_ids)), self._tokenizer.pad_token_id
+        ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompt_ids])
+        mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids])
+        if draws is not None:
+            torch.manual_seed(int(torch.randint(2**31, (), generator=draws)))
+        with torch.inference_mode():
+            out_BT = policy.generate(
+                ids_BT.to(policy.device),
+                attention_mask=mask_BT.to(policy.device),
+                max_new_tokens=self._tokens,
+                do_sample=draws is not None,
+                top_k=0 if draws is not None else None,
+                top_p=1.0 if draws is not None else None,
+                eos_token_id=self._stops,
+                pad_token_id=pad,
+            )[:, width:]
+        return [self._answer(row) for row in out_BT.tolist()]
+
+    def _answer(self, row: list[int]) -> list[int]:
+        end = next((t for t, i in enumerate(row) if i in self._stops), None)
+        return row if end is None else [*row[:end], self._tokenizer.eos_token_id]
+
+    def logprobs(self, policy: Any, prompt_ids: Ids, response_ids: Ids) -> list[torch.Tensor]:
+        return self._read(policy, prompt_ids, response_ids, lambda logits, target: -F.cross_entropy(
+            logits, target, reduction="none"))  # fmt: skip
+
+    def _read(
+        self,
+        policy: Any,
+        prompt_ids: Ids,
+        response_ids: Ids,
+        value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """A value of the logits in front of each response's tokens; no others are computed."""
+        newline, eos = self._stops[0], self._tokenizer.eos_token_id
+        # The policy is asked for the line's end that it wrote.
+        written = [[newline if i == eos else i for i in row] for row in response_ids]
+        rows = [p + r for p, r in zip(prompt_ids, written, strict=True)]
+        ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        before_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
+        for b, (row, response) in enumerate(zip(rows, written, strict=True)):
+            ids_BT[b, : len(row)] = torch.tensor(row)
+            before_BT[b, len(row) - len(response) - 1 : len(row) - 1] = True
+        # Causal attention never looks right, so padding on the right needs no mask.
+        hidden = policy.model(ids_BT.to(policy.device), use_cache=False).last_hidden_state
+        logits = policy.lm_head(hidden[before_BT.to(policy.device)]).float()
+        if cap := getattr(policy.config, "final_logit_softcapping", None):  # Gemma's
+            logits = cap * torch.tanh(logits / cap)
+        target = torch.tensor([i for row in written for i in row], device=policy.device)
+        return list(value(logits, target).split([len(row) for row in written]))
+
+    @torch.no_grad()
+    def measure(self, policy: Any) -> dict[str, Any]:
+        """Greedy answers: accuracy on questions trained on and on those kept apart, and the signs
+        of collapse. `reference` is the mean log-prob in nats of a question's first answer."""
+        prompt_ids = self.encode([q.prompt for q in self.questions])
+        response_ids = self.sample(policy, prompt_ids, None)
+        texts = self.texts(response_ids)
+        right = self.marks([q.prompt for q in self.questions], texts)
+        entropy = self._read(policy, prompt_ids, response_ids, lambda logits, _: (
+            torch.distributions.Categorical(logits=logits).entropy()))  # fmt: skip
+        answers = self._tokenizer(
+            [f" {q.answers[0]}" for q in self.questions], add_special_tokens=False
+        )["input_ids"]
+        known = self.logprobs(policy, prompt_ids, answers)
+        return {
+            **_by_split("right", self.questions, right),
+            **_by_split("reference", self.questions, [float(row.sum()) for row in known]),
+            "length": statistics.mean(map(len, response_ids)),
+            "stopped": statistics.mean(r[-1] == self._tokenizer.eos_token_id for r in response_ids),
+            "repetition": repetition([np.array(row, dtype=np.int64) for row in response_ids]),
+            "entropy": float(torch.cat(entropy).mean()),
+            "texts": texts,
+        }
+
+    @torch.no_grad()
+    def sampled(self, policy: Any, n: int, seed: int) -> dict[str, float]:
+        """Accuracy of n answers at temperature 1 to each question."""
+        prompts = [q.prompt for q in self.questions for _ in range(n)]
+        draws = torch.Generator().manual_seed(seed)
+        prompt_ids, marks = self.encode(prompts), []
+        for k in range(0, len(prompts), 40):
+            ids = self.sample(policy, prompt_ids[k : k + 40], draws)
+            marks += self.marks(prompts[k : k + 40], self.texts(ids))
+        return _by_split("sampled", [q for q in self.questions for _ in range(n)], marks)
+
+    def texts(self, response_ids: Ids) -> list[str]:
+        found = self._tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+        return [text.strip() for text in found]
+
+    def marks(self, prompts: Sequence[str], texts: Sequence[str]) -> list[bool]:
+        return [
+            is_right(text, self._by_prompt[prompt].answers)
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+
+
+def _by_split(
+    name: str, questions: Sequence[Question], values: Sequence[float]
+) -> dict[str, float]:
+    found = {}
+    for split, apart in (("trained", False), ("apart", True)):
+        chosen = [v for v, q in zip(values, questions, strict=True) if q.apart == apart]
+        if chosen:
+            found[f"{name}, {split}"] = statistics.mean(chosen)
+    return found
