@@ -10,7 +10,7 @@ from typing import Any
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators.answers import final_answer
 from cme_reward.comparators.base import Comparator
-from cme_reward.comparators.controls import random_verifier, self_verifier
+from cme_reward.comparators.controls import random_verifier, self_verifier, verifier_spec
 from cme_reward.comparators.em_rl import EMRLSequence, EMRLToken
 from cme_reward.comparators.intuitor import Intuitor
 from cme_reward.comparators.policy import PolicyStatistics, policy_statistics
@@ -41,6 +41,7 @@ __all__ = [
     "policy_statistics",
     "random_verifier",
     "self_verifier",
+    "verifier_spec",
 ]
 
 REWARDS = {

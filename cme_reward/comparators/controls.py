@@ -73,6 +73,47 @@ def self_verifier(policy: Any, generator_tokenizer: Any, **options: Any) -> Veri
     return TransformersVerifier(frozen, generator_tokenizer, **{"name": "self", **options})
 
 
+def verifier_spec(reward: str, verifier: str, policy: str) -> str:
+    """The verifier with which `CrossModelEntropy` is a reward of `REWARDS`, for adapters that score
+    one response at a time and see of the policy what it sampled.
+
+    Args:
+        reward: "cme", or one of the controls: "random" or "self".
+        verifier: the spec of the one that is named beside it.
+        policy: the generator as it was before training: a name or a path.
+
+    Raises:
+        ConfigError: for the other rewards, saying what they would need; for an unknown one.
+    """
+    key = reward.lower().replace("_", "-")
+    if key == "cme":
+        return verifier
+    if key == "random":
+        return "+".join(_untrained(spec) for spec in split_spec(verifier))
+    if key == "self":
+        return f"hf:{policy}"
+    if key in _ELSEWHERE:
+        raise ConfigError(
+            f"reward={reward!r} {_ELSEWHERE[key]}; expected cme, random or self here. TRL's "
+            "trainer has all rewards: python adapters/trl/train.py --reward " + key
+        )
+    raise ConfigError(f"unknown reward {reward!r}; expected cme, random or self")
+
+
+_DISTRIBUTIONS = (
+    "is made of the policy's distributions at every position, of which the reward is handed the "
+    "sampled tokens alone"
+)
+_ELSEWHERE = {
+    "rent": _DISTRIBUTIONS,
+    "em-rl-token": _DISTRIBUTIONS,
+    "em-rl-sequence": "is the policy's own log-prob, which is no reward of a verifier",
+    "intuitor": _DISTRIBUTIONS,
+    "ttrl": "is a vote over all rollouts of a prompt, which are scored one at a time",
+    "rlme": "asks the verifier questions about a response, which the shared verifier is not asked",
+}
+
+
 def _untrained(spec: str) -> str:
     kind, _, name = spec.partition(":")
     if spec == "embedded":

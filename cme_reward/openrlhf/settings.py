@@ -15,6 +15,7 @@ from cme_reward._settings import (
     read_settings,
     read_yaml,
 )
+from cme_reward.comparators import verifier_spec
 from cme_reward.config import CMEConfig, Level
 from cme_reward.errors import ConfigError
 
@@ -48,6 +49,10 @@ class Settings:
 
     verifier_wait: float = 900.0
     """Most seconds that the shared actor may take to be placed and to load."""
+
+    reward: str = "cme"
+    """"cme", or a control: "random" (the verifier untrained) or "self" (the policy as it was, which
+    `generator_tokenizer` names)."""
 
     generator_tokenizer: str | None = None
     """Name or path of the policy's tokenizer, for `reward_func`, which is handed text alone."""
@@ -87,6 +92,15 @@ def load_settings(level: Level = "token", environ: Mapping[str, str] | None = No
     if environ.get(FILE):
         values |= _read_file(environ[FILE])
     values |= read_environment(_KINDS, PREFIX, environ)
+    reward = str(values.get("reward", "cme"))
+    if reward != "cme" and (values.get("verifier") or reward == "self"):
+        policy = values.get("generator_tokenizer")
+        if reward == "self" and not policy:
+            raise ConfigError(
+                "reward='self' needs the policy as it was before training: set "
+                "CME_GENERATOR_TOKENIZER to what --actor.model_name_or_path says"
+            )
+        values["verifier"] = verifier_spec(reward, str(values.get("verifier")), str(policy))
     if not values.get("verifier"):
         raise ConfigError(
             "no verifier is named: set the environment variable CME_VERIFIER, for example to "

@@ -10,6 +10,7 @@ from typing import Any
 
 from cme_reward._settings import check_names, kinds_of, plain, read_settings
 from cme_reward.advantages import Credit, Scale
+from cme_reward.comparators import verifier_spec
 from cme_reward.config import CMEConfig, Level
 from cme_reward.errors import ConfigError
 
@@ -64,6 +65,9 @@ class RewardSettings:
     """A spec for `load_verifier`, or "hosted" for the model that veRL serves
     (`reward.reward_model`)."""
 
+    reward: str = "cme"
+    """"cme", or a control: "random" (the verifier untrained) or "self" (the policy as it was)."""
+
     verifier_options: dict[str, Any] = field(default_factory=dict)
     """Keywords for `load_verifier`, such as `dtype` or `total_seconds`."""
 
@@ -98,6 +102,10 @@ class RewardSettings:
                 )
         hosted = config["reward"]["reward_model"]["enable"]
         verifier = given.get("verifier") or ("hosted" if hosted else None)
+        reward = str(given.get("reward") or "cme")
+        if verifier or reward == "self":
+            policy = str(config["actor_rollout_ref"]["model"]["path"])
+            verifier = verifier_spec(reward, str(verifier), policy)
         if verifier is None:
             raise ConfigError(
                 "reward.cme.verifier is not set; expected a spec such as "
@@ -111,8 +119,8 @@ class RewardSettings:
             )
         estimator = EstimatorSettings.from_algorithm(config["algorithm"])
         own = read_settings({**given, "verifier": verifier}, kinds, section="reward.cme")
-        reward = {name: own.pop(name) for name in of_reward if name in own}
-        cme = CMEConfig(**reward, **{name: getattr(estimator, name) for name in ESTIMATOR_ONLY})
+        settings = {name: own.pop(name) for name in of_reward if name in own}
+        cme = CMEConfig(**settings, **{name: getattr(estimator, name) for name in ESTIMATOR_ONLY})
         return cls(cme=cme, **own)
 
 

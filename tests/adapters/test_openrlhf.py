@@ -25,6 +25,7 @@ from tokenizer_kinds import load_tokenizer
 import cme_reward
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError, load_verifier
 from cme_reward import openrlhf as adapter
+from cme_reward.comparators import REWARDS
 from cme_reward.openrlhf import checks, launch
 from cme_reward.openrlhf import reward as reward_module
 from cme_reward.openrlhf.score import actions_of, in_unit_interval, make_scorer, score_rollout
@@ -129,6 +130,24 @@ def test_settings_from_the_environment_and_a_file(
         ConfigError, match=r"generator_tokenizer=10 .* expected text \(in YAML, in q"
     ):
         load_settings()
+
+
+def test_the_controls_are_verifiers() -> None:
+    def verifier(reward: str, **more: str) -> str:
+        return load_settings(environ={"CME_REWARD": reward, **more}).verifier
+
+    assert verifier("cme", CME_VERIFIER="hf:v") == "hf:v"
+    assert verifier("random", CME_VERIFIER="hf:v+random:w") == "random:v+random:w"
+    assert verifier("self", CME_GENERATOR_TOKENIZER="org/p") == "hf:org/p"
+    with pytest.raises(ConfigError, match="set CME_GENERATOR_TOKENIZER to what --actor"):
+        verifier("self")
+    with pytest.raises(ConfigError, match="no untrained 'vllm:http://v'; expected hf:NAME"):
+        verifier("random", CME_VERIFIER="vllm:http://v")
+    for name in set(REWARDS) - {"cme", "random", "self"}:
+        with pytest.raises(ConfigError, match=f"reward='{name}' .*train.py --reward {name}"):
+            verifier(name, CME_VERIFIER="hf:v")
+    with pytest.raises(ConfigError, match="unknown reward 'rant'"):
+        verifier("rant", CME_VERIFIER="hf:v")
 
 
 def test_ray_is_not_told_the_api_key() -> None:

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ REFUSED = [
     ({"reward.cme.verifier": "hosted"}, r"reward\.reward_model\.enable=False"),
     ({"reward.reward_model.enable": True}, 'expected "hosted" with True'),
     ({"reward.cme.eos": "maks"}, "eos='maks'"),
+    ({"reward.cme.reward": "ttrl"}, "reward='ttrl' is a vote over all rollouts"),
+    ({"reward.cme.reward": "rent"}, "reward='rent' is made of the policy's distributions"),
     ({"reward.cme": ["eos"]}, "expected keys and values"),
     (
         {"reward.cme.baseline": "policy", "actor_rollout_ref.rollout.calculate_log_probs": False},
@@ -72,6 +75,13 @@ def test_refused(config: Any, changes: dict[str, Any], message: str) -> None:
         OmegaConf.update(config, key, value, merge=False, force_add=True)
     with pytest.raises(ConfigError, match=message):
         check_settings(config)
+
+
+def test_the_controls_are_verifiers(config: Any) -> None:
+    policy = config.actor_rollout_ref.model.path
+    for reward, verifier in (("random", r"random:.*embedded"), ("self", f"hf:{policy}")):
+        OmegaConf.update(config, "reward.cme.reward", reward, force_add=True)
+        assert re.fullmatch(verifier, check_settings(config).verifier)
 
 
 def test_the_trainers_process_refuses_too(config: Any) -> None:
