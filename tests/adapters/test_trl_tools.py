@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 import trl_tiny as tiny
@@ -121,7 +122,9 @@ def turns(
         text = tokenizer.decode(ids[start:stop])
         if own:
             found.append((slice(start, stop), list(messages)))
-            said = tokenizer.decode(ids[start:stop], skip_special_tokens=True)
+            said = oracle.without_word_space(
+                tokenizer.decode(ids[start:stop], skip_special_tokens=True)
+            )
             messages.append({"role": "assistant", "content": said})
         else:
             assert text.startswith(OPENING), text
@@ -219,4 +222,4 @@ def verifiers_own(messages: list[dict[str, str]], said: str) -> str:
     """What the verifier should read: its own template, and the response."""
     reader = tiny.verifier().tokenizer
     prompt = reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return prompt + said
+    return prompt + oracle.without_word_space(said)

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from observations import SAID, expected, message, speakers, tail
-from oracle import byte_cells
+from oracle import byte_cells, without_word_space
 from stubs import TableVerifier
 from templates import chat_tokenizer
 from tokenizer_kinds import REAL, load_tokenizer
@@ -257,12 +257,6 @@ def n_unfinished(written: list[bytes]) -> int:
                     n_tokens += 1
                 return n_tokens
     return 0
-
-
-def without_word_space(text: str, chat_said: str) -> str:
-    """A turn's first text as a chat model is shown it: no single space in front of a word."""
-    begins = not chat_said and text[:1] == " " and len(text) > 1 and not text[1].isspace()
-    return text[1:] if begins else text
 
 
 def segments_of(case: Case, name: str, config: CMEConfig) -> list[Any]:

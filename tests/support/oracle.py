@@ -39,6 +39,21 @@ def byte_cells(pieces: Sequence[bytes]) -> tuple[str, list[Fraction]]:
     return text, ends
 
 
+def without_word_space(text: str, said: str = "") -> str:
+    """What a chat model is shown of a turn: no single space in front of its first word.
+
+    `said` is what it was already shown of the turn.
+    """
+    begins = not said and text[:1] == " " and len(text) > 1 and not text[1].isspace()
+    return text[1:] if begins else text
+
+
+def as_message(text: str, ends: Sequence[int]) -> tuple[str, list[int]]:
+    """A whole turn `without_word_space`, and right ends of its tokens in twelfths."""
+    shown = without_word_space(text)
+    return shown, [max(end - 12 * (len(text) - len(shown)), 0) for end in ends]
+
+
 def align(
     logprobs: Sequence[Fraction], verifier_ends: Sequence[int], generator_ends: Sequence[int]
 ) -> list[Fraction]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,15 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(config, dtype=torch.float32, scale: float = 10.0):
-    """A random model whose logits are large enough for caps and caches to matter."""
+    """A random model whose logits are large enough for caps and caches to matter.
+
+    It has a config of its own: one that is given other embeddings writes there.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         # Only the eager attention knows Gemma-2's cap on attention logits.
         attention = "eager" if config.model_type == "gemma2" else "sdpa"
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=attention)
         for weights in model.parameters():
             if weights.ndim > 1:
                 weights.data *= scale

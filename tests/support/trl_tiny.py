@@ -184,7 +184,7 @@ def naive_rewards(
         "input_ids"
     ]
     text, generator_ends = SpanTable(writer).decode(ids)
-    ends = generator_ends.tolist()  # twelfths of a character
+    text, ends = oracle.as_message(text, generator_ends.tolist())
     verifier_ids, verifier_ends = SpanTable(reader).encode(text)
     ended = ids[-1:] == [writer.eos_token_id]
     asked = verifier_ids.tolist() + [PromptFormat(reader).end_of_turn] * ended

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import oracle
 import pytest
 import runs
 from server_tools import Program
@@ -155,7 +156,7 @@ def two_turns(row: Any, shown: list[list[int]]) -> tuple[list[float | None], flo
         logp += own
         stopped = policy.decode(ids[-1:]) in ("<end_of_turn>", "<eos>")
         said = policy.decode(ids[: len(ids) - stopped])  # what the environment reads
-        text = policy.decode(ids, skip_special_tokens=True)
+        text = oracle.without_word_space(policy.decode(ids, skip_special_tokens=True))
         messages.append({"role": "assistant", "content": text})
     if False in row["sampled"]:  # what the environment pays is in every return once
         last = max(t for t, reward in enumerate(rewards) if reward is not None)

@@ -283,7 +283,7 @@ def naive_scores(
     reader = verifier().tokenizer
     prompt_ids = reader.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     (text,), (generator_ends,), (kinds,) = SpanTable(writer).decode_batch([ids])
-    ends = generator_ends.tolist()  # twelfths of a character
+    text, ends = oracle.as_message(text, generator_ends.tolist())
     verifier_ids, verifier_ends = SpanTable(reader).encode(text)
     ends_of_turn = {writer.eos_token_id, writer.convert_tokens_to_ids(end_of_turn)}
     ended = not ends_of_turn.isdisjoint(ids[-1:])

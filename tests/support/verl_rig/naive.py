@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,14 +94,17 @@ def token_rewards(
         while stop < len(ids) and sampled[stop] == sampled[t]:
             stop += 1
         text = "".join(texts[t:stop])
+        is_chat = bool(verifier.tokenizer.chat_template)
+        shown = oracle.without_word_space(text, said) if is_chat else text
         if sampled[t]:
             last = stop - 1
             end = ids[last] == policy.eos_token_id
             before = content if observe is None else messages
-            spans, logp = verifier.logprobs(before, said, text, end=end)
+            spans, logp = verifier.logprobs(before, said, shown, end=end)
             start = 0
             for k in range(t, stop):
-                width = start + len(texts[k])
+                # Of the text that is shown; a space that is not has no width.
+                width = max(len("".join(texts[t : k + 1])) - len(text) + len(shown), 0)
                 for (a, b), value in zip(spans, logp, strict=False):
                     overlap = min(b, width) - max(a, start)
                     if overlap > 0:
@@ -110,7 +114,7 @@ def token_rewards(
             if end:
                 rewards[last], mask[last] = logp[-1], True
         if sampled[t] or observe is None:
-            said += text
+            said += shown
         else:
             messages = [*messages, {"role": "assistant", "content": said}, observe(said)]
             assert policy.decode(ids[t:stop]).count(messages[-1]["content"]) == 1
@@ -126,7 +130,8 @@ def sequence_rewards(
     assert all(sampled)
     special = {i for i, token in policy.added_tokens_decoder.items() if token.special}
     text = "".join("" if i >= len(policy) or i in special else policy.decode([i]) for i in ids)
-    _, logp = verifier.logprobs(content, "", text, end=ids[-1] == policy.eos_token_id)
+    shown = oracle.without_word_space(text)  # to a chat model
+    _, logp = verifier.logprobs(content, "", shown, end=ids[-1] == policy.eos_token_id)
     rewards = np.zeros(len(ids))
     rewards[-1] = logp.mean()
     return rewards, np.ones(len(ids), dtype=bool)
