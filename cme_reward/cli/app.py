@@ -1,4 +1,4 @@
-"""The command line: `cme-reward score`, `check-pair` and `serve`.
+"""The command line: `cme-reward score`, `rank`, `check-pair` and `serve`.
 
 Help has to come at once, so that everything else is imported by the command that needs it.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cme_reward.cli import flags
+from cme_reward.cli.rank import rank
 from cme_reward.cli.serve import serve
 from cme_reward.cli.terminal import (
     busy,
@@ -64,8 +65,8 @@ def _root(
     models may have different tokenizers.
 
     Try `cme-reward check-pair GENERATOR VERIFIER` to see whether two tokenizers fit
-    together, `cme-reward score FILE.jsonl` to score responses, and `cme-reward serve` to serve
-    rewards to a trainer.
+    together, `cme-reward rank FILE.jsonl` to see whether a verifier is good enough, `cme-reward
+    score FILE.jsonl` to score responses, and `cme-reward serve` to serve rewards to a trainer.
     """
 
 
@@ -284,4 +285,5 @@ def check_pair(
     raise typer.Exit(0 if found.exact else 1)
 
 
+app.command(no_args_is_help=True)(rank)
 app.command(no_args_is_help=True)(serve)

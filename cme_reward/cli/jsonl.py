@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,34 +35,36 @@ class Bad:
 
 
 def read_rows(
-    stream: Iterable[bytes], vocab_size: int | None = None, *, needs_policy: bool = False
+    stream: Iterable[bytes],
+    vocab_size: int | None = None,
+    *,
+    needs_policy: bool = False,
+    split: Callable[[dict[str, Any]], list[dict[str, Any]]] = lambda fields: [fields],
 ) -> Iterator[Good | Bad]:
-    """Each line that is not blank, in order. The arguments are those of `parse_row`."""
+    """Each line that is not blank, in order; whole, or Bad.
+
+    Args:
+        stream: the lines.
+        vocab_size: of the generator's tokenizer; None where that is unknown, and ids are refused.
+        needs_policy: whether `policy_logprobs` are used. Otherwise they are not looked at.
+        split: makes of a line's object those of its rows; raises InputError where it cannot.
+    """
     for line, raw in enumerate(stream, 1):
         if line == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip():
             try:
-                yield parse_row(line, raw, vocab_size, needs_policy=needs_policy)
+                rows = [
+                    _row(line, fields, vocab_size, needs_policy=needs_policy)
+                    for fields in split(_parse(raw))
+                ]
             except InputError as error:
                 yield Bad(line, str(error))
+            else:
+                yield from rows
 
 
-def parse_row(
-    line: int, raw: bytes, vocab_size: int | None = None, *, needs_policy: bool = False
-) -> Good:
-    """One line as a row of `cme_reward._row`.
-
-    Args:
-        line: its number.
-        raw: its bytes.
-        vocab_size: of the generator's tokenizer; None where that is unknown, and ids are refused.
-        needs_policy: whether `policy_logprobs` are used. Otherwise they are not looked at.
-
-    Raises:
-        InputError: saying what is wrong with the line.
-    """
-    fields = _parse(raw)
+def _row(line: int, fields: dict[str, Any], vocab_size: int | None, *, needs_policy: bool) -> Good:
     if vocab_size is None:
         if fields.get("response_ids") is not None and fields.get("response") is None:
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -87,14 +88,16 @@ def progress(err: Console, quiet: bool, source: BinaryIO) -> Iterator[Callable[[
 
 
 @contextmanager
-def open_input(file: str, err: Console) -> Iterator[BinaryIO]:
+def open_input(file: str, err: Console) -> Iterator[Any]:
+    """A file of bytes, by its name unpacked where it is compressed; - is standard input."""
     if file == "-":
         if sys.stdin.isatty():
             say(err, "Reading rows from the terminal; Ctrl-D ends them.")
         yield sys.stdin.buffer
         return
     try:
-        stream = open(file, "rb")  # noqa: SIM115 (closed below)
+        opened = gzip.open if file.endswith(".gz") else open
+        stream = opened(file, "rb")
     except OSError as error:
         raise InputError(f"cannot read {file!r}: {error.strerror}") from error
     with stream:

@@ -112,20 +112,27 @@ def text_colour(background: str) -> str:
 
 
 def render_html(
-    responses: Sequence[ResponseView], *, title: str, verifier_name: str, generator_name: str
+    responses: Sequence[ResponseView],
+    *,
+    title: str,
+    verifier_name: str,
+    generator_name: str,
+    above: str = "",
 ) -> str:
     """The heat map as one HTML page that needs no network, for light and dark screens.
 
     Responses to one prompt stand side by side, highest sequence reward first. Where any response
     has verifier tokens, a switch turns the whole page from one tokenisation to the other. All
     text is escaped, and a content security policy allows no script but the page's own. Without
-    responses the page says so. Raises nothing: the views have checked their numbers.
+    responses the page says so. `above` is HTML that stands before them as it is, escaped by who
+    made it. Raises nothing: the views have checked their numbers.
     """
     views = [v for r in responses for v in (r.generator, r.verifier) if v is not None]
     return _template().render(
         title=title,
         verifier_name=verifier_name,
         generator_name=generator_name,
+        above=above,
         prompts=_prompts(responses),
         has_verifier=any(response.verifier for response in responses),
         # A log-prob is never above 0: then a baseline was subtracted, and exp() is no probability.

@@ -15,7 +15,6 @@ from cme_reward._settings import (
     read_settings,
     read_yaml,
 )
-from cme_reward.comparators import verifier_spec
 from cme_reward.config import CMEConfig, Level
 from cme_reward.errors import ConfigError
 
@@ -100,6 +99,8 @@ def load_settings(level: Level = "token", environ: Mapping[str, str] | None = No
                 "reward='self' needs the policy as it was before training: set "
                 "CME_GENERATOR_TOKENIZER to what --actor.model_name_or_path says"
             )
+        from cme_reward.comparators import verifier_spec
+
         values["verifier"] = verifier_spec(reward, str(values.get("verifier")), str(policy))
     if not values.get("verifier"):
         raise ConfigError(

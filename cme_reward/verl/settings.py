@@ -10,7 +10,6 @@ from typing import Any
 
 from cme_reward._settings import check_names, kinds_of, plain, read_settings
 from cme_reward.advantages import Credit, Scale
-from cme_reward.comparators import verifier_spec
 from cme_reward.config import CMEConfig, Level
 from cme_reward.errors import ConfigError
 
@@ -105,6 +104,9 @@ class RewardSettings:
         reward = str(given.get("reward") or "cme")
         if verifier or reward == "self":
             policy = str(config["actor_rollout_ref"]["model"]["path"])
+            # Here: this module is in every process, and comparators bring models' code.
+            from cme_reward.comparators import verifier_spec
+
             verifier = verifier_spec(reward, str(verifier), policy)
         if verifier is None:
             raise ConfigError(

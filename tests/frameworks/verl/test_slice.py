@@ -226,8 +226,9 @@ def test_later_outputs_at_the_sequence_level_less_the_policys_own(
     batch.non_tensor_batch["raw_prompt"][0] = attach(rollouts.messages(0), notes)
     got = scores(config, batch)[0]["reward_score"][-1]
     verifier, content = naive.NaiveVerifier(), rollouts.content[0]
-    _, one = verifier.logprobs(content, "", TEXTS[1], end=False)
-    _, two = verifier.logprobs(content, TEXTS[1] + " tool says 7", TEXTS[0], end=True)
+    said_first = TEXTS[1].removeprefix(" ")
+    _, one = verifier.logprobs(content, "", said_first, end=False)
+    _, two = verifier.logprobs(content, said_first + " tool says 7", TEXTS[0], end=True)
     own = -0.25 * len(said) - 0.5 * len(rollouts.ids[0])
     want = (one.sum() + two.sum() - own) / (len(one) + len(two))
     assert got == pytest.approx(want, abs=1e-5)
@@ -337,8 +338,8 @@ def test_a_tool_call_in_the_chat_template_as_verls_tool_agent_writes_it(
     verifier = naive.NaiveVerifier()
     said = ""
     for text, ids, at in (
-        (call, turns[0], slice(0, len(turns[0]))),
-        (" The answer is 15.", turns[1], slice(len(mask) - len(turns[1]), None)),
+        (call.removeprefix(" "), turns[0], slice(0, len(turns[0]))),
+        ("The answer is 15.", turns[1], slice(len(mask) - len(turns[1]), None)),
     ):
         _, logp = verifier.logprobs(rollouts.content[0], said, text, end=True)
         # Sums: where white space is masked, its share is missing from both.
