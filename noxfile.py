@@ -62,6 +62,36 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session
+def package(session: nox.Session) -> None:
+    """What a release would be: built, installed from the wheel alone, and used far from the source.
+
+    dist/ then holds sdist and wheel.
+    """
+    shutil.rmtree("dist", ignore_errors=True)
+    session.install("build>=1.2")
+    session.run("python", "-m", "build", "--outdir", "dist", ".")
+    (wheel,) = Path("dist").glob("*.whl")
+    session.install("-c", "constraints.txt", "torch")
+    session.install("-c", "constraints.txt", str(wheel.resolve()))
+    rows = Path("examples/gsm8k.jsonl").resolve()
+    generator = Path("examples/generator").resolve()
+    with session.chdir(session.create_tmp()):
+        offline = {"HF_HUB_OFFLINE": "1"}
+        for command in (
+            ("--version",),
+            ("check-pair", str(generator), "embedded"),
+            ("score", str(rows), "--generator-tokenizer", str(generator), "-o", "scored.jsonl",
+             "--html", "map.html"),
+            ("rank", str(rows), "--label", "is_correct", "--html", "rank.html"),
+        ):  # fmt: skip
+            session.run("cme-reward", *command, env=offline)
+        for name in ("scored.jsonl", "map.html", "rank.html"):
+            assert Path(name).stat().st_size > 10_000, name
+        where = "import cme_reward; print(cme_reward.__file__)"
+        assert "site-packages" in str(session.run("python", "-c", where, silent=True))
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """The measurements and their table of ratios."""
     install(session)

@@ -1,4 +1,4 @@
-"""The command line: `cme-reward score`, `rank`, `check-pair` and `serve`.
+"""The command line: `cme-reward score`, `rank`, `report`, `check-pair` and `serve`.
 
 Help has to come at once, so that everything else is imported by the command that needs it.
 """
@@ -17,6 +17,7 @@ import typer
 
 from cme_reward.cli import flags
 from cme_reward.cli.rank import rank
+from cme_reward.cli.report import report
 from cme_reward.cli.serve import serve
 from cme_reward.cli.terminal import (
     busy,
@@ -286,4 +287,5 @@ def check_pair(
 
 
 app.command(no_args_is_help=True)(rank)
+app.command(no_args_is_help=True)(report)
 app.command(no_args_is_help=True)(serve)

@@ -165,9 +165,9 @@ def rank(
                     verifier_options or [],
                     padded_vocabulary=padded_vocabulary,
                 )
+                readings.append(Reading.of(_short(spec, verifiers or []), scorer, settled))
             stack.callback(scorer.close)
             scorers.append(scorer)
-            readings.append(Reading.of(_short(spec, verifiers or []), scorer, settled))
         first = scorers[0]
         rows = responses(
             jsonl.read_rows(

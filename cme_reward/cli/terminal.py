@@ -6,7 +6,7 @@ import gzip
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -54,11 +54,27 @@ def clean_errors(err: Console, output: str = "-") -> Iterator[None]:
 
 @contextmanager
 def busy(err: Console, quiet: bool, what: str) -> Iterator[None]:
-    if quiet or not err.is_terminal:
+    """Says what is waited for, where someone is looking; models load with `nothing_on_stdout`."""
+    with nothing_on_stdout(), ExitStack() as stack:
+        if not quiet and err.is_terminal:
+            stack.enter_context(err.status(what))
         yield
-        return
-    with err.status(what):
+
+
+@contextmanager
+def nothing_on_stdout() -> Iterator[None]:
+    """Standard output is for results; what native code prints meanwhile goes to standard error.
+
+    tokenizers prints a warning there, about a vocabulary with holes (Gemma's), past Python.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
         yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

@@ -129,6 +129,7 @@ def render_html(
     """
     views = [v for r in responses for v in (r.generator, r.verifier) if v is not None]
     return _template().render(
+        theme=theme(),
         title=title,
         verifier_name=verifier_name,
         generator_name=generator_name,
@@ -199,6 +200,12 @@ def _size(response: ResponseView) -> int:
 
 def _rows(view: TokenView) -> Iterator[tuple[str, float, bool]]:
     return zip(with_characters(view.tokens), view.logprobs, view.mask, strict=True)
+
+
+@cache
+def theme() -> str:
+    """What every page of the package looks like, as CSS."""
+    return files("cme_reward.heatmap").joinpath("theme.css").read_text(encoding="utf-8")
 
 
 @cache

@@ -131,6 +131,23 @@ def test_rows_are_what_the_reward_gives_one_by_one(model: Path, generator: Path)
     assert "4 scored, 0 bad; mean sequence reward -" in result.stderr
 
 
+def test_native_code_does_not_print_among_the_rows(tmp_path: Path) -> None:
+    """tokenizers prints, past Python, that a vocabulary has holes."""
+    source = load_tokenizer("byte-level")
+    source.save_pretrained(tmp_path / "holes")
+    file = tmp_path / "holes" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    token = max(vocab, key=vocab.__getitem__)
+    vocab[token] += 3  # no token has the ids before it
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != token]
+    file.write_text(json.dumps(content))
+    done = program("score", "-", "--generator-tokenizer", tmp_path / "holes",
+                   input=lines(ROWS[:1]).encode())  # fmt: skip
+    assert b"holes" in done.stderr, done.stderr
+    assert [row["id"] for row in parsed(done.stdout)] == ["a"]
+
+
 def test_a_uniform_verifier_by_hand(uniform: Path, tmp_path: Path) -> None:
     # The generator's tokens are the verifier's. A uniform guess among V tokens is -ln V for each;
     # with V = 401 that is -5.993961. The two tokens that are only white space are masked.

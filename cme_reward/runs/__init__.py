@@ -1,0 +1,1 @@
+"""What happened in a training run: its metrics as curves, and signs of what goes wrong."""

@@ -1,0 +1,123 @@
+"""A run, or two over each other, as one HTML page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from cme_reward.heatmap.render import theme
+from cme_reward.metrics import METRICS
+from cme_reward.runs.read import Run, Series
+from cme_reward.runs.signs import ENTROPY, LENGTH, ends, signs
+
+WIDTH, HEIGHT = 300, 110
+BINS = 300
+"""Most points of a line; of more steps, mean and range of as many neighbours each are drawn."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run's metric in a chart, as SVG's points."""
+
+    mean: str
+    band: str
+    """Lowest and highest of each point's steps; empty where a point is a step."""
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    name: str
+    says: str
+    """What the metric means; empty where it is not one of ours."""
+    lines: list[Line | None]
+    low: float
+    high: float
+    to: float
+    """The last step."""
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page, which needs no network: signs first, metrics of CME and of the policy's health,
+    then all others."""
+    names = sorted({name for run in runs for name in run.series})
+    ours = [name for name in names if _of_interest(name)]
+    return _template().render(
+        theme=theme(),
+        runs=[
+            (run.name, signs(run), max(s.steps[-1] for s in run.series.values())) for run in runs
+        ],
+        title=" and ".join(run.name for run in runs),
+        ours=[chart(name, runs) for name in ours],
+        others=[chart(name, runs) for name in names if name not in ours],
+        width=WIDTH,
+        height=HEIGHT,
+    )
+
+
+def chart(name: str, runs: Sequence[Run]) -> Chart:
+    """One metric of all runs, on the same axes."""
+    there = [run.series.get(name) for run in runs]
+    known = [series for series in there if series is not None]
+    low = min(float(series.values.min()) for series in known)
+    high = max(float(series.values.max()) for series in known)
+    start = min(float(series.steps[0]) for series in known)
+    to = max(float(series.steps[-1]) for series in known)
+    x_scale, y_scale = WIDTH / ((to - start) or 1), (HEIGHT - 8) / ((high - low) or 1)
+
+    def points(steps: NDArray[np.float64], values: NDArray[np.float64]) -> str:
+        xs, ys = (steps - start) * x_scale, HEIGHT - 4 - (values - low) * y_scale
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
+
+    lines: list[Line | None] = []
+    for series in there:
+        if series is None:
+            lines.append(None)
+            continue
+        steps, mean, lowest, highest = binned(series)
+        band = ""
+        if len(steps) < len(series.steps):
+            around = np.concatenate([steps, steps[::-1]])
+            band = points(around, np.concatenate([lowest, highest[::-1]]))
+        lines.append(Line(points(steps, mean), band, *ends(series)))
+    metric = METRICS.get(name.rpartition("cme/")[2]) if "cme/" in name else None
+    says = f"{metric.meaning} ({metric.unit})" if metric else ""
+    return Chart(name, says, lines, low, high, to)
+
+
+def binned(series: Series) -> tuple[NDArray[np.float64], ...]:
+    """Steps, means, lowest and highest of at most `BINS` runs of neighbours."""
+    n = len(series.steps)
+    if n <= BINS:
+        return series.steps, series.values, series.values, series.values
+    starts = np.linspace(0, n, BINS, endpoint=False).astype(int)
+    counts = np.diff(np.append(starts, n))
+    return (
+        np.add.reduceat(series.steps, starts) / counts,
+        np.add.reduceat(series.values, starts) / counts,
+        np.minimum.reduceat(series.values, starts),
+        np.maximum.reduceat(series.values, starts),
+    )
+
+
+def _of_interest(name: str) -> bool:
+    return "cme/" in name or bool(re.search(f"{LENGTH}|{ENTROPY}", name))
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["short"] = lambda value: f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    environment.filters["whole"] = "{:,.0f}".format
+    page = files("cme_reward.runs").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(page)

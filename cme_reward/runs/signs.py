@@ -1,0 +1,107 @@
+"""Signs that a reward is being hacked, or that it has nothing left to say.
+
+Each compares the median of a run's first tenth with that of its last. A sign is a reason to read
+samples, not a proof.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from cme_reward.runs.read import Run, Series
+
+LENGTH = r"(completions/mean_length|response_length(/mean)?)$"
+ENTROPY = r"(^|/)entropy(_loss)?$"
+
+
+class Sign(NamedTuple):
+    metric: str
+    says: str
+
+
+def signs(run: Run) -> list[Sign]:
+    """What to worry about in a run; a metric that it does not have gives none."""
+    return [
+        Sign(name, says)
+        for pattern, look in RULES
+        for name, series in run.series.items()
+        if re.search(pattern, name) and not name.startswith("val")
+        for says in look(series)
+    ]
+
+
+def ends(series: Series) -> tuple[float, float]:
+    """Medians of the first tenth and of the last; of single points where there are few."""
+    n = max(1, len(series.values) // 10)
+    return float(np.median(series.values[:n])), float(np.median(series.values[-n:]))
+
+
+def _length(series: Series) -> Iterator[str]:
+    first, last = ends(series)
+    if first > 0 and (last >= 1.5 * first or last <= first / 1.5):
+        yield f"Responses went from {first:.3g} to {last:.3g} tokens. Read some of both ends."
+
+
+def _repetition(series: Series) -> Iterator[str]:
+    first, last = ends(series)
+    if last >= first + 0.05:
+        yield (
+            f"Repeated 4-grams went from {first:.1%} to {last:.1%}: what is repeated is expected, "
+            'and pays. Try credit="return" or level="sequence".'
+        )
+
+
+def _entropy(series: Series) -> Iterator[str]:
+    first, last = ends(series)
+    if first > 0 and last <= 0.5 * first:
+        yield (
+            f"Entropy went from {first:.3g} to {last:.3g} nats: the policy is settling on few "
+            'answers. baseline="policy" keeps more of it, as does a KL penalty.'
+        )
+
+
+def _spread(series: Series) -> Iterator[str]:
+    first, last = ends(series)
+    if first > 0 and last <= 0.1 * first:
+        yield f"It went from {first:.3g} to {last:.3g}: rollouts hardly differ, nothing is learnt."
+
+
+def _coverage(series: Series) -> Iterator[str]:
+    low = float(series.values.min())
+    if low < 0.99:
+        yield f"It fell to {low:.3f}: the verifier did not score all of the text."
+
+
+def _truncated(series: Series) -> Iterator[str]:
+    n = int(np.count_nonzero(series.values > 0))
+    if n:
+        yield f"In {n:,} of {len(series.values):,} steps the verifier's context was too short."
+
+
+def _explained(series: Series) -> Iterator[str]:
+    _, last = ends(series)
+    if abs(last) >= 0.9:
+        yield f"It ends at {last:.2f}: the reward is little but {'-' * (last < 0)}length."
+
+
+def _unclosed(series: Series) -> Iterator[str]:
+    first, last = ends(series)
+    if last >= first + 0.1:
+        yield f"Responses that end inside a thought went from {first:.0%} to {last:.0%}."
+
+
+RULES: list[tuple[str, Callable[[Series], Iterator[str]]]] = [
+    (LENGTH, _length),
+    (r"cme/repetition$", _repetition),
+    (ENTROPY, _entropy),
+    (r"cme/(token_reward_std|credited)$", _spread),
+    (r"cme/coverage$", _coverage),
+    (r"cme/truncated$", _truncated),
+    (r"cme/length_correlation$", _explained),
+    (r"cme/thinking_unclosed$", _unclosed),
+]
+"""Names of metrics in any of the trainers, and what is looked for in them."""
