@@ -46,9 +46,9 @@ def report(
     err = stderr()
     with clean_errors(err):
         from cme_reward.cli.jsonl import whole_file
-        from cme_reward.runs.page import render
-        from cme_reward.runs.read import read_run
-        from cme_reward.runs.signs import signs
+        from cme_reward.curves.page import render
+        from cme_reward.curves.read import read_run
+        from cme_reward.curves.signs import signs
 
         if not html.resolve().parent.is_dir():
             raise InputError(f"--html {html}: the directory {html.parent} does not exist")

@@ -93,7 +93,7 @@ ROOMS = [
     {"_row", "conversation"},
     {"generator", "loading", "verifiers"},
     {"assembly", "reward", "scoring"},
-    {"comparators", "heatmap", "ranking", "runs"},
+    {"comparators", "heatmap", "ranking", "curves"},
     {"openrlhf", "server", "trl", "verl"},
     {"cli"},
 ]

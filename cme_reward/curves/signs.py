@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cme_reward.runs.read import Run, Series
+from cme_reward.curves.read import Run, Series
 
 LENGTH = r"(completions/mean_length|response_length(/mean)?)$"
 ENTROPY = r"(^|/)entropy(_loss)?$"

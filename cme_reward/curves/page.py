@@ -12,10 +12,10 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from cme_reward.curves.read import Run, Series
+from cme_reward.curves.signs import ENTROPY, LENGTH, ends, signs
 from cme_reward.heatmap.render import theme
 from cme_reward.metrics import METRICS
-from cme_reward.runs.read import Run, Series
-from cme_reward.runs.signs import ENTROPY, LENGTH, ends, signs
 
 WIDTH, HEIGHT = 300, 110
 BINS = 300
@@ -119,5 +119,5 @@ def _template() -> jinja2.Template:
     )
     environment.filters["short"] = lambda value: f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
     environment.filters["whole"] = "{:,.0f}".format
-    page = files("cme_reward.runs").joinpath("page.html").read_text(encoding="utf-8")
+    page = files("cme_reward.curves").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(page)

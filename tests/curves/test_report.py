@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cme_reward.cli.app import app
+from cme_reward.curves.page import BINS, HEIGHT, WIDTH, binned, chart, render
+from cme_reward.curves.read import Run, Series, read_run
+from cme_reward.curves.signs import RULES, signs
 from cme_reward.errors import InputError
 from cme_reward.metrics import METRICS
-from cme_reward.runs.page import BINS, HEIGHT, WIDTH, binned, chart, render
-from cme_reward.runs.read import Run, Series, read_run
-from cme_reward.runs.signs import RULES, signs
 
 
 def series(values: Any, start: int = 1) -> Series:
