@@ -105,10 +105,6 @@ def pip(*arguments: str) -> None:
 
 def convert(source: Source, file: Path, out: Path, tokenizer: str | None) -> None:
     """The file as a float32 model of transformers, with its tokenizer or another one."""
-    reader = file.parent / "reader"
-    if not reader.is_dir():
-        pip("install", "--no-deps", "--target", str(reader), READER)
-    sys.path.insert(0, str(reader))  # for transformers, which looks for it when it is imported
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,7 +150,9 @@ def check(source: Source, folder: Path) -> None:
         perplexity = math.exp(float(model(ids, labels=ids).loss))
         if not perplexity <= source.perplexity:
             raise SystemExit(
-                f"{source.name}: perplexity {perplexity:.1f}; expected a language model"
+                f"{source.name}: perplexity {perplexity:.1f}, expected at most "
+                f"{source.perplexity:g}. Gemma's file has a tokenizer that splits English into "
+                f"letters: delete {folder} and name the real one with --gemma-tokenizer"
             )
         question = "What is the capital of France?"
         asked = f"Question: {question}\nAnswer:"
@@ -179,7 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gemma-tokenizer", default=None, help="a folder, or a name on the hub")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
-    for source, tokenizer in ((SMOLLM2, None), (GEMMA, given.gemma_tokenizer)):
+    wanted = ((SMOLLM2, None), (GEMMA, given.gemma_tokenizer))
+    if not all((given.out / source.name).is_dir() for source, _ in wanted):
+        reader = given.out / "reader"
+        if not reader.is_dir():
+            pip("install", "--no-deps", "--target", str(reader), READER)
+        # Before anything else: transformers looks for it once, when it is imported.
+        sys.path.insert(0, str(reader))
+    for source, tokenizer in wanted:
         folder = given.out / source.name
         if not folder.is_dir():
             convert(source, fetch(source, given.out), folder, tokenizer)

@@ -67,8 +67,12 @@ def nothing_on_stdout() -> Iterator[None]:
 
     tokenizers prints a warning there, about a vocabulary with holes (Gemma's), past Python.
     """
-    sys.stdout.flush()
-    kept = os.dup(1)
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (AttributeError, OSError):  # closed: there is nothing to keep clean
+        yield
+        return
     os.dup2(2, 1)
     try:
         yield

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +206,13 @@ def test_the_embedded_verifier_on_real_solutions() -> None:
     mean = scores["embedded: mean (Eq. 3)"]
     assert mean["accuracy"][0] == pytest.approx(38 / 86, abs=1e-6)
     assert report["verdict"]["colour"] == "red"
+
+
+def test_standard_output_may_be_closed(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(lines(ROWS))
+    command = [sys.executable, "-c", "from cme_reward.cli.app import main; main()", "score"]
+    command += ["in.jsonl", "-q", "-o", "out.jsonl"]
+    shell = f"{shlex.join(command)} >&-"
+    done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(ROWS)
