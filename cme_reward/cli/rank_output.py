@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cme_reward.cli.jsonl import Good, whole_file
 from cme_reward.cli.rank_rows import Response
-from cme_reward.cli.score import Scored, as_view, score_rows
+from cme_reward.cli.score import Scored, as_line, as_view, rounded, score_rows
 from cme_reward.heatmap.render import ResponseView
 from cme_reward.ranking.page import HEADS, cells
 from cme_reward.ranking.report import Report
@@ -92,9 +91,8 @@ def write_rows(path: Path, report: Report, kept: list[Response], *, best: bool) 
         for k, response in enumerate(kept):
             if best and place[k] > 1:
                 continue
-            scores = {name: round(x, 6) + 0.0 for name, x in report.ranked[k].scores.items()}
-            fields = {**response.fields, "scores": scores, "rank": place[k]}
-            stream.write(json.dumps(fields).encode() + b"\n")
+            scores = {name: rounded(x) for name, x in report.ranked[k].scores.items()}
+            stream.write(as_line({**response.fields, "scores": scores, "rank": place[k]}))
 
 
 def views(

@@ -92,19 +92,24 @@ def dump(scored: Scored) -> bytes:
     """A line of output: the fields of the input, with the rewards after or in place of them."""
     fields = {
         **scored.row.fields,
-        "sequence_reward": _rounded(scored.sequence_reward),
-        "token_rewards": [_rounded(reward) for reward in scored.token_rewards],
+        "sequence_reward": rounded(scored.sequence_reward),
+        "token_rewards": [rounded(reward) for reward in scored.token_rewards],
         "mask": scored.mask,
         "tokens": scored.tokens,
-        "dropped_nats": _rounded(scored.dropped_nats),
+        "dropped_nats": rounded(scored.dropped_nats),
     }
+    return as_line(fields)
+
+
+def as_line(fields: dict[str, Any]) -> bytes:
+    """A row as a line of JSON; text as text."""
     try:
         return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair in a field that is only passed on
         return json.dumps(fields, allow_nan=False).encode() + b"\n"
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """To six decimals, about what float32 holds; never a negative zero."""
     return round(value, 6) + 0.0
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from cme_reward.curves.read import Run, Series
 from cme_reward.curves.signs import ENTROPY, LENGTH, ends, signs
-from cme_reward.heatmap.render import theme
+from cme_reward.heatmap.pages import template, theme
 from cme_reward.metrics import METRICS
 
 WIDTH, HEIGHT = 300, 110
@@ -50,7 +47,8 @@ def render(runs: Sequence[Run]) -> str:
     then all others."""
     names = sorted({name for run in runs for name in run.series})
     ours = [name for name in names if _of_interest(name)]
-    return _template().render(
+    page = template("cme_reward.curves", short=_short, whole="{:,.0f}".format)
+    return page.render(
         theme=theme(),
         runs=[
             (run.name, signs(run), max(s.steps[-1] for s in run.series.values())) for run in runs
@@ -112,12 +110,5 @@ def _of_interest(name: str) -> bool:
     return "cme/" in name or bool(re.search(f"{LENGTH}|{ENTROPY}", name))
 
 
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["short"] = lambda value: f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
-    environment.filters["whole"] = "{:,.0f}".format
-    page = files("cme_reward.curves").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(page)
+def _short(value: float) -> str:
+    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")

@@ -14,10 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Literal
-
-import jinja2
 
 from cme_reward.errors import InputError
 from cme_reward.heatmap.glyphs import (
@@ -26,8 +23,10 @@ from cme_reward.heatmap.glyphs import (
     segments,
     with_characters,
 )
+from cme_reward.heatmap.pages import template, theme
 
 if TYPE_CHECKING:
+    import jinja2
     from rich.console import Console
 
 # Surprise in nats at which the next of the 12 steps begins: fine where text is predictable,
@@ -203,26 +202,16 @@ def _rows(view: TokenView) -> Iterator[tuple[str, float, bool]]:
 
 
 @cache
-def theme() -> str:
-    """What every page of the package looks like, as CSS."""
-    return files("cme_reward.heatmap").joinpath("theme.css").read_text(encoding="utf-8")
-
-
-@cache
 def _template() -> jinja2.Template:
-    """The page, compiled once. All that is put into it is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    """The page, compiled once."""
+    return template(
+        "cme_reward.heatmap",
+        counts=_counts,
+        nats=_nats,
+        plain=plain_terminal,
+        sha256=_sha256,
+        tokens=_tokens,
     )
-    environment.filters |= {
-        "counts": _counts,
-        "nats": _nats,
-        "plain": plain_terminal,
-        "sha256": _sha256,
-        "tokens": _tokens,
-    }
-    page = files("cme_reward.heatmap").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(page)
 
 
 @dataclass(frozen=True)

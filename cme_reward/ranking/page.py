@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
 
-import jinja2
 import numpy as np
 
+from cme_reward.heatmap.pages import template
 from cme_reward.heatmap.render import ResponseView, render_html
 from cme_reward.ranking import statistics
 from cme_reward.ranking.report import Report
@@ -53,7 +51,7 @@ def render(report: Report, views: Sequence[ResponseView], *, title: str, verifie
     coverage, risk = statistics.risk_coverage(report.pairs, first)
     at = np.unique(np.linspace(0, max(len(risk) - 1, 0), min(POINTS, len(risk))).astype(int))
     lengths = np.array([one.tokens for one in report.ranked], dtype=float)
-    above = _template().render(
+    above = template("cme_reward.ranking").render(
         report=report,
         heads=HEADS,
         rows=cells(report),
@@ -64,12 +62,3 @@ def render(report: Report, views: Sequence[ResponseView], *, title: str, verifie
     return render_html(
         views, title=title, verifier_name=verifier, generator_name=generator, above=above
     )
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = files("cme_reward.ranking").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(page)

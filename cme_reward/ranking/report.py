@@ -154,14 +154,12 @@ def _verdict(ranked: list[Ranked], pairs: Pairs, column: Column) -> tuple[Colour
 
 def _agreement(ranked: list[Ranked], names: Sequence[str]) -> list[tuple[str, str, float, int]]:
     """Equal scores of either leave a pair out."""
-    groups: dict[object, list[int]] = {}
-    for k, one in enumerate(ranked):
-        groups.setdefault(one.group, []).append(k)
+    members = statistics.members_of([one.group for one in ranked])
     signs = {}
     for name in names:
         scores = _scores(ranked, name)
         parts = [np.sign(scores[g][:, None] - scores[g][None])[np.triu_indices(len(g), 1)]
-                 for g in groups.values()]  # fmt: skip
+                 for g in members]  # fmt: skip
         signs[name] = np.concatenate(parts)
     found = []
     for k, a in enumerate(names):

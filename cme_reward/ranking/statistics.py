@@ -54,14 +54,18 @@ class Estimate(NamedTuple):
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
 
 
+def members_of(groups: Sequence[Hashable]) -> list[list[int]]:
+    """Positions of each group's responses, groups in the order in which they first occur."""
+    members: dict[Hashable, list[int]] = {}
+    for k, group in enumerate(groups):
+        members.setdefault(group, []).append(k)
+    return list(members.values())
+
+
 def pairs_of(groups: Sequence[Hashable], labels: Sequence[float | None]) -> Pairs:
     """All pairs of responses of one group whose labels differ."""
-    members: dict[Hashable, list[int]] = {}
-    for k, (group, label) in enumerate(zip(groups, labels, strict=True)):
-        if label is not None:
-            members.setdefault(group, []).append(k)
     better, worse, of = [], [], []
-    for number, rows in enumerate(members.values()):
+    for number, rows in enumerate(_labelled(groups, labels)):
         own = np.array([labels[k] for k in rows], dtype=float)
         above, below = np.nonzero(own[:, None] > own[None, :])
         better.append(np.array(rows)[above])
@@ -114,11 +118,8 @@ def within_groups(groups: Sequence[Hashable], first: Float64, second: Float64) -
     Ranks are taken in each group, and their means subtracted: what two prompts have in common or
     not does not count. NaN where nothing varies.
     """
-    members: dict[Hashable, list[int]] = {}
-    for k, group in enumerate(groups):
-        members.setdefault(group, []).append(k)
     a, b = [], []
-    for rows in members.values():
+    for rows in members_of(groups):
         if len(rows) > 1:
             middle = (len(rows) + 1) / 2
             a.append(_ranks(first[rows]) - middle)
@@ -167,15 +168,17 @@ def best_of_n(
 
     Over groups with two labelled responses or more; equal scores share. NaN without such.
     """
-    members: dict[Hashable, list[int]] = {}
-    for k, group in enumerate(groups):
-        if labels[k] is not None:
-            members.setdefault(group, []).append(k)
     rows = []
-    for group in members.values():
+    for group in _labelled(groups, labels):
         if len(group) > 1:
             own = np.array([labels[k] for k in group], dtype=float)
             top = scores[group] == scores[group].max()
             rows.append((own[top].mean(), own.mean(), own.max()))
     picked, drawn, best = np.mean(rows, axis=0) if rows else (float("nan"),) * 3
     return float(picked), float(drawn), float(best)
+
+
+def _labelled(groups: Sequence[Hashable], labels: Sequence[float | None]) -> list[list[int]]:
+    """`members_of`, without what has no label."""
+    known = [[k for k in rows if labels[k] is not None] for rows in members_of(groups)]
+    return [rows for rows in known if rows]

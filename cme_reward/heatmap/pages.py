@@ -1,0 +1,25 @@
+"""What the package's pages have in common: how a template is read, and how they look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+
+import jinja2
+
+
+def template(package: str, **filters: Callable[..., object]) -> jinja2.Template:
+    """`page.html` of a package. All that is put into it is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= filters
+    page = files(package).joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(page)
+
+
+@cache
+def theme() -> str:
+    """Colours, letters and measure of every page, as CSS."""
+    return files("cme_reward.heatmap").joinpath("theme.css").read_text(encoding="utf-8")
