@@ -203,6 +203,10 @@ def rank(
                 "length: what differs behind it is not seen", "yellow")  # fmt: skip
         if not ranked:
             raise InputError(f"{file} holds no response that could be scored; nothing to rank")
+        if label is not None and all(one.label is None for one in ranked):
+            there = ", ".join(kept[0].fields)
+            say(err, f"no line has the field {label!r} of --label; line {kept[0].line} has {there} "
+                "(outer.inner for one inside another)", "red")  # fmt: skip
         with busy(err, quiet, "Drawing intervals"):
             found = report(ranked, [f"{reading.name}: {MEAN}" for reading in readings])
         if output is not None:

@@ -92,7 +92,7 @@ def rank_batch(
                 one = ranked[k]
                 assert one is not None
                 _, logprobs = scored.verifier_tokens
-                prefix = ", ".join(part for part in (reading.name, called) if part)
+                prefix = _prefix(reading, called)
                 one.scores[f"{prefix}: {MEAN}"] = scored.sequence_reward
                 if len(reading.memories) == 1:  # an ensemble is averaged on the generator's tokens
                     worst = np.sort(logprobs)[:WORST]
@@ -103,10 +103,19 @@ def rank_batch(
                 one.tokens = one.tokens or len(logprobs)
         for memory in reading.memories:
             memory.forget()
+    # As they were asked for: the verdict is on the first.
+    names = [_prefix(reading, called) for reading in readings for called in reading.scorers]
     for k, one in enumerate(ranked):
         if one is None:
             yield bad[k]
             continue
+        given = one.scores
+        one.scores = {k: given[k] for name in names for k in given if k.startswith(f"{name}: ")}
         one.scores[SHORTER] = -float(one.tokens)
         one.scores[UNREPEATED] = -repeated(one.text)
         yield one
+
+
+def _prefix(reading: Reading, called: str) -> str:
+    """What a verifier's scores under a setting are called."""
+    return ", ".join(part for part in (reading.name, called) if part)

@@ -40,7 +40,7 @@ def clean_errors(err: Console, output: str = "-") -> Iterator[None]:
         # The reader has gone, as `head` does; closing standard output must not raise once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141  # what shells report for it
-    except (CMEError, OSError) as error:
+    except (CMEError, OSError, EOFError) as error:  # EOFError: a compressed file that was cut off
         say(err, f"error: {error}", "red")
         status = 2
     else:

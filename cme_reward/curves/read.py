@@ -75,7 +75,11 @@ def _is_number(value: Any) -> bool:
 def _of_file(path: Path) -> Iterable[Mapping[str, Any]]:
     text = path.read_bytes()
     if path.suffix == ".json":
-        history = json.loads(text).get("log_history")
+        try:
+            state = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{str(path)!r} is not JSON: {error}") from None
+        history = state.get("log_history") if isinstance(state, dict) else None
         if history is None:
             raise InputError(f"{str(path)!r} has no log_history; expected a trainer_state.json")
         return history

@@ -25,7 +25,11 @@ class Remembering:
         keys = [(_bytes(p), _bytes(r)) for p, r in zip(prompts, responses, strict=True)]
         new = {key: k for k, key in enumerate(keys) if self._found(*key) is None}
         at = list(new.values())
-        answers = self.verifier.logprobs([prompts[k] for k in at], [responses[k] for k in at])
+        answers = (
+            self.verifier.logprobs([prompts[k] for k in at], [responses[k] for k in at])
+            if at
+            else []
+        )
         for (prompt, response), answer in zip(new, answers, strict=True):
             self._known.setdefault(prompt, []).append((response, np.asarray(answer)))
         return [self._found(*key) for key in keys]

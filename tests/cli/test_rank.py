@@ -216,3 +216,21 @@ def test_standard_output_may_be_closed(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(ROWS)
+
+
+def test_the_verdict_is_on_the_setting_asked_for_first() -> None:
+    """Not on the one that is read first, which scores the end of turn."""
+    report = found("--append-eos", "--set", "eos=mask", "--also", "eos=score")
+    names = [score["name"] for score in report["scores"]]
+    assert names[0] == "embedded: mean (Eq. 3)"
+    assert names[3] == "embedded, eos=score: mean (Eq. 3)"
+    plain = by_name(found("--append-eos", "--set", "eos=mask"))
+    assert by_name(report)[names[0]] == plain[names[0]]
+
+
+def test_wrong_input_is_named(tmp_path: Path) -> None:
+    result = run("-", "--label", "meta.rigth", stdin=lines(ROWS))
+    assert "no line has the field 'meta.rigth' of --label; line 1 has id, prompt" in result.stderr
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(lines(ROWS).encode())[:-12])
+    assert "error: Compressed file ended" in run(cut, status=2).stderr

@@ -70,9 +70,10 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "events.out.tfevents.1").write_bytes(b"")
     with pytest.raises(InputError, match=r"tensorboard|holds no metric"):
         read_run(tmp_path)
-    (tmp_path / "some.json").write_text("{}")
-    with pytest.raises(InputError, match="no log_history"):
-        read_run(tmp_path / "some.json")
+    for text, says in (("{}", "no log_history"), ("[1]", "no log_history"), ("{", "is not JSON")):
+        (tmp_path / "some.json").write_text(text)
+        with pytest.raises(InputError, match=says):
+            read_run(tmp_path / "some.json")
 
 
 @pytest.mark.slow
