@@ -81,6 +81,12 @@ class CMEConfig:
     system_prompt: str | None = None
     """System prompt for the verifier, in front of conversations that have none of their own."""
 
+    examples: Sequence[Mapping[str, str]] = ()
+    """Prompts with good responses, `[{"prompt": ..., "response": ...}]`, that the verifier reads as
+    turns in front of every conversation, after its system prompt. They tell it what form a response
+    is to have: one that expects whole sentences finds a bare right answer as surprising as a wrong
+    one (docs/evidence.md). A base model reads each prompt and response as one text."""
+
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the verifier's chat template, for example `{"enable_thinking": False}`."""
 
@@ -117,11 +123,25 @@ class CMEConfig:
                 f"max_length={self.max_length!r} leaves no room for a prompt and a response; "
                 "expected at least 2 tokens, or None"
             )
+        self._check_examples()
         if not isinstance(self.chat_template_kwargs, Mapping):
             raise ConfigError(
                 f"chat_template_kwargs={self.chat_template_kwargs!r} must be a mapping, "
                 "such as {'enable_thinking': False}"
             )
+
+    def _check_examples(self) -> None:
+        expected = (
+            "expected a list such as [{'prompt': 'Capital of Italy?', 'response': 'Rome'}], both "
+            "with text"
+        )
+        if isinstance(self.examples, str) or not isinstance(self.examples, Sequence):
+            raise ConfigError(f"examples={self.examples!r}: {expected}")
+        for k, given in enumerate(self.examples):
+            fits = isinstance(given, Mapping) and set(given) == {"prompt", "response"}
+            if not fits or not all(isinstance(t, str) and t.strip() for t in given.values()):
+                raise ConfigError(f"examples[{k}]={given!r}: {expected}")
+        object.__setattr__(self, "examples", tuple(dict(given) for given in self.examples))
 
     def _check_credit(self) -> None:
         if self.credit == "sequence":

@@ -27,14 +27,20 @@ class Changed:
             `-1 / power`, so that a few very surprising tokens do not own the group.
         contrast: this many times the log-prob without the prompt is subtracted, so that what is
             likely anywhere (fluent, repeated) earns less.
+        astray: a control: a response is read as the answer to the next prompt of the batch.
     """
 
-    def __init__(self, verifier: Any, power: float = 0.0, contrast: float = 0.0) -> None:
+    def __init__(
+        self, verifier: Any, power: float = 0.0, contrast: float = 0.0, astray: bool = False
+    ) -> None:
         self.name, self.tokenizer = verifier.name, verifier.tokenizer
         self.max_length, self.vocab_size = verifier.max_length, verifier.vocab_size
         self._verifier, self._power, self._contrast = verifier, power, contrast
+        self._astray = astray
 
     def logprobs(self, prompts: Rows, responses: Rows) -> list[np.ndarray]:
+        if self._astray:
+            prompts = next_prompts(prompts)
         found = self._verifier.logprobs(prompts, responses)
         if self._power:
             found = [bounded_power(row, self._power) for row in found]
@@ -57,11 +63,13 @@ class Candidate:
     """Share of the sequence level's advantage in that of the token level."""
     gate: bool = False
     """Token advantages count where their sign is that of the response's (SG-OPD, 2606.09304)."""
+    astray: bool = False
+    """A control: what a verifier gives that is asked about another prompt."""
 
     def verifier(self, verifier: Any) -> Any:
-        if not (self.power or self.contrast):
+        if not (self.power or self.contrast or self.astray):
             return verifier
-        return Changed(verifier, self.power, self.contrast)
+        return Changed(verifier, self.power, self.contrast, self.astray)
 
     def advantages(self, batch: CMEBatch, groups: Sequence[int]) -> torch.Tensor:
         if self.worst:
@@ -81,6 +89,16 @@ class Candidate:
         return torch.tensor(
             [soft_minimum(logp, self.worst) if len(logp) else own for (_, logp), own in rows]
         )
+
+
+def next_prompts(prompts: Rows) -> Rows:
+    """For every prompt the next other one of the batch, the first for the last."""
+    keys = [tuple(map(int, row)) for row in prompts]
+    kinds = list(dict.fromkeys(keys))
+    if len(kinds) < 2:
+        raise ValueError(f"{len(kinds)} different prompts in a batch; expected two at least")
+    after = dict(zip(kinds, [*kinds[1:], kinds[0]], strict=True))
+    return [after[key] for key in keys]
 
 
 def bounded_power(logp: np.ndarray, power: float) -> np.ndarray:

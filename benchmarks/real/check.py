@@ -1,6 +1,6 @@
 """The quick real check: does a reward help a real policy, or ruin it? Minutes a run.
 
-`python -m benchmarks.real.check --questions FILE.jsonl --condition oracle --lr 1e-5` trains a base
+`python -m benchmarks.real.check --condition oracle --lr 3e-6` trains a base
 model on short questions with known answers, which only the judge and the oracle know, and measures
 it on them and on questions kept apart. A run is a file in `--out`; one that is there is not done
 again. Without `--condition`, the runs that are there as a table.
@@ -26,7 +26,7 @@ from benchmarks.miniature.candidates import Candidate
 from benchmarks.miniature.evaluate import interval
 from benchmarks.miniature.rewards import Advantages, given_by
 from benchmarks.real.models import GEMMA, ROOT, SMOLLM2
-from benchmarks.real.questions import ShortQuestions, read_questions
+from benchmarks.real.questions import EXAMPLES, OWN, ShortQuestions, read_questions
 from cme_reward import CMEConfig, TransformersVerifier, group_advantages
 from cme_reward.comparators import load_reward
 
@@ -40,6 +40,10 @@ CONDITIONS: dict[str, tuple[str, dict[str, Any], Candidate]] = {
     "sequence": ("cme", {"level": "sequence"}, Candidate()),
     "return": ("cme", {**RETURNS}, Candidate()),
     "return, policy baseline": ("cme", {**RETURNS, **POLICY}, Candidate()),
+    "token, policy baseline": ("cme", {**POLICY}, Candidate()),
+    "sequence, policy baseline": ("cme", {"level": "sequence", **POLICY}, Candidate()),
+    "return, policy baseline, another question": (
+        "cme", {**RETURNS, **POLICY}, Candidate(astray=True)),
     "token, EOS masked": ("cme", {"eos": "mask"}, Candidate()),
     "sequence, EOS masked": ("cme", {"level": "sequence", "eos": "mask"}, Candidate()),
     "return, policy baseline, EOS masked": (
@@ -50,6 +54,10 @@ CONDITIONS: dict[str, tuple[str, dict[str, Any], Candidate]] = {
         "cme", {"level": "sequence", "eos": "mask"}, Candidate(worst=1.0)),
 }  # fmt: skip
 """Name -> reward, settings of `CMEConfig`, and what is tried besides."""
+for shown in ("token", "sequence", "return", "return, policy baseline", "sequence, policy baseline",
+              "return, policy baseline, another question", "random"):  # fmt: skip
+    reward, config, candidate = CONDITIONS[shown]
+    CONDITIONS[f"{shown}, examples"] = reward, {**config, "examples": EXAMPLES}, candidate
 
 
 def advantages_of(name: str, environment: ShortQuestions, policy: Any, tokenizer: Any,
@@ -132,7 +140,8 @@ def report(folder: Path, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real.check", description=__doc__)
     add, models = parser.add_argument, ROOT / "real-models"
-    add("--questions", type=Path, help="JSON lines with prompt, answers, and split (train, ...)")
+    add("--questions", type=Path, default=OWN,
+        help="JSON lines with prompt, answers and split; default: 202 of our own")  # fmt: skip
     add("--condition", action="append", choices=CONDITIONS, default=[], metavar="NAME",
         help=f"the reward, several times for several: {'; '.join(CONDITIONS)}")  # fmt: skip
     add("--policy", default=str(models / GEMMA.name), help="a base model: a folder, or a hub name")
@@ -146,8 +155,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seeds", type=int, nargs="+", default=[0])
     add("--out", type=Path, default=models / "check", help="folder; runs in it are kept")
     given = parser.parse_args(arguments)
-    if given.condition and given.questions is None:
-        parser.error("--condition needs --questions FILE.jsonl")
     for seed in given.seeds:
         for name in given.condition:
             for lr in given.lr or [1e-5]:

@@ -111,7 +111,11 @@ def convert(source: Source, file: Path, out: Path, tokenizer: str | None) -> Non
     from cme_reward.loading import load_tokenizer
 
     given: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), **given)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), **given)
+    # The weights are float32 by now; later releases of transformers refuse to write them as "gguf".
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     if tokenizer is None:
         written = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     else:

@@ -23,6 +23,17 @@ from benchmarks.grpo import Ids
 from cme_reward.metrics import repetition
 
 ASKED = "Question: {prompt}\nAnswer:"
+OWN = Path(__file__).with_name("short_questions.jsonl")
+"""202 of them, half kept apart: capitals, sums, opposites, plurals, names, where a base model of
+270 million parameters knows some."""
+EXAMPLES = (
+    {"prompt": "What is the capital of Mexico?", "response": "Mexico City"},
+    {"prompt": "How many strings does a violin have?", "response": "four"},
+    {"prompt": "What is the past tense of sing?", "response": "sang"},
+)
+"""None of them is among the questions: they show a verifier how long an answer is wanted."""
+AT_ONCE = 64
+"""Questions answered or read in one batch: a vocabulary of 262,144 takes a megabyte a token."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +152,20 @@ class ShortQuestions:
         """Greedy answers: accuracy on questions trained on and on those kept apart, and the signs
         of collapse. `reference` is the mean log-prob in nats of a question's first answer."""
         prompt_ids = self.encode([q.prompt for q in self.questions])
-        response_ids = self.sample(policy, prompt_ids, None)
-        texts = self.texts(response_ids)
-        right = self.marks([q.prompt for q in self.questions], texts)
-        entropy = self._read(policy, prompt_ids, response_ids, lambda logits, _: (
-            torch.distributions.Categorical(logits=logits).entropy()))  # fmt: skip
         answers = self._tokenizer(
             [f" {q.answers[0]}" for q in self.questions], add_special_tokens=False
         )["input_ids"]
-        known = self.logprobs(policy, prompt_ids, answers)
+        response_ids: Ids = []
+        entropy: list[torch.Tensor] = []
+        known: list[torch.Tensor] = []
+        for k in range(0, len(prompt_ids), AT_ONCE):
+            some = slice(k, k + AT_ONCE)
+            response_ids += self.sample(policy, prompt_ids[some], None)
+            entropy += self._read(policy, prompt_ids[some], response_ids[some], lambda logits, _: (
+                torch.distributions.Categorical(logits=logits).entropy()))  # fmt: skip
+            known += self.logprobs(policy, prompt_ids[some], answers[some])
+        texts = self.texts(response_ids)
+        right = self.marks([q.prompt for q in self.questions], texts)
         return {
             **_by_split("right", self.questions, right),
             **_by_split("reference", self.questions, [float(row.sum()) for row in known]),
@@ -166,9 +182,9 @@ class ShortQuestions:
         prompts = [q.prompt for q in self.questions for _ in range(n)]
         draws = torch.Generator().manual_seed(seed)
         prompt_ids, marks = self.encode(prompts), []
-        for k in range(0, len(prompts), 40):
-            ids = self.sample(policy, prompt_ids[k : k + 40], draws)
-            marks += self.marks(prompts[k : k + 40], self.texts(ids))
+        for k in range(0, len(prompts), AT_ONCE):
+            ids = self.sample(policy, prompt_ids[k : k + AT_ONCE], draws)
+            marks += self.marks(prompts[k : k + AT_ONCE], self.texts(ids))
         return _by_split("sampled", [q for q in self.questions for _ in range(n)], marks)
 
     def texts(self, response_ids: Ids) -> list[str]:

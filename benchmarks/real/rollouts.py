@@ -1,7 +1,7 @@
 """Does a verifier rank a policy's own rollouts rightly? The question to ask before training.
 
-`python -m benchmarks.real.rollouts --questions FILE.jsonl` samples answers of the policy to short
-questions with known answers (`prompt`, `answers`), marks them, scores them by cross-model entropy
+`python -m benchmarks.real.rollouts` samples answers of the policy to short questions with known
+answers, marks them, scores them by cross-model entropy
 put together in several ways, and prints how often each puts a right answer above a wrong one to the
 same question: 0.5 is chance. Intervals are 95 %, by bootstrap over questions.
 
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.miniature.candidates import Changed, bounded_power, soft_minimum
 from benchmarks.real.models import GEMMA, ROOT, SMOLLM2
-from benchmarks.real.questions import ASKED, Question, is_right, read_questions
+from benchmarks.real.questions import ASKED, EXAMPLES, OWN, Question, is_right, read_questions
 from cme_reward import CMEConfig, CrossModelEntropy, TransformersVerifier
 from cme_reward.comparators import policy_statistics
 
@@ -68,7 +68,12 @@ def score(rollouts: list[Rollout], questions: list[Question], verifier: Any, tok
     """Fill in all scores; each text is read once with its prompt and once without."""
     prompts = [questions[r.question].prompt for r in rollouts]
     texts = [r.text for r in rollouts]
-    for name, config in (("", CMEConfig()), (", EOS masked", CMEConfig(eos="mask"))):
+    ways = {
+        "": CMEConfig(),
+        ", EOS masked": CMEConfig(eos="mask"),
+        ", examples": CMEConfig(examples=EXAMPLES),
+    }
+    for name, config in ways.items():
         batch = CrossModelEntropy(verifier, tokenizer, config).score_texts(prompts, texts)
         for rollout, (_, logp) in zip(rollouts, batch.verifier_tokens, strict=True):
             for of, value in OF_TOKENS.items():
@@ -142,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real.rollouts", description=__doc__)
     add = parser.add_argument
     models = ROOT / "real-models"
-    add("--questions", type=Path, required=True, help="JSON lines with prompt and answers")
+    add("--questions", type=Path, default=OWN,
+        help="JSON lines with prompt and answers; default: 202 of our own")  # fmt: skip
     add("--policy", default=str(models / GEMMA.name), help="a base model: a folder, or a hub name")
     add("--verifier", default=str(models / SMOLLM2.name), help="the model that judges")
     add("--rollouts", type=int, default=8, help="of each question")

@@ -54,8 +54,8 @@ class RLME(Comparator):
     Args:
         verifier: the evaluator: a verifier or ensemble, or the spec of one.
         generator_tokenizer: the sampler's fast tokenizer.
-        config: see `Comparator`; `system_prompt`, `chat_template`, `chat_template_kwargs` and
-            `max_length` are for the evaluator.
+        config: see `Comparator`; `system_prompt`, `examples`, `chat_template`,
+            `chat_template_kwargs` and `max_length` are for the evaluator.
         questions: texts, `MetaQuestion`s, or the same as mappings.
         logarithm: False for `sum_k w_k p(a_k | ...)`, without unit.
         relative: True to divide by the probabilities of both answers: `p(Yes) / (p(Yes) + p(No))`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from cme_reward._keys import prompt_key
@@ -13,6 +13,7 @@ from cme_reward.config import CMEConfig
 from cme_reward.conversation.literal import Change, encode_literally, special_names
 from cme_reward.conversation.markup import find_prefill
 from cme_reward.conversation.messages import (
+    SYSTEM,
     Message,
     Prompt,
     as_messages,
@@ -51,6 +52,7 @@ class PromptFormat:
         self.template = config.chat_template or None
         self.is_chat = self.template != "none" and (self.template or own) is not None
         self.system_prompt = config.system_prompt
+        self.examples = config.examples
         self.template_kwargs = dict(config.chat_template_kwargs)
         self.end_of_turn: int | None = tokenizer.eos_token_id
         self.lead = self.prefill = ""
@@ -98,6 +100,8 @@ class PromptFormat:
             messages = as_messages(prompt)
             if self.system_prompt and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system_prompt}, *messages]
+            head = len(list(takewhile(lambda m: m["role"] in SYSTEM, messages)))
+            messages[head:head] = self._example_turns()
             shown = self._shown(messages, add_generation_prompt=True)
 
             def write(change: Change) -> str:
@@ -118,6 +122,10 @@ class PromptFormat:
                 "with text"
             )
         return ids
+
+    def _example_turns(self) -> list[Message]:
+        roles = {"prompt": "user", "response": "assistant"}
+        return [{"role": roles[k], "content": pair[k]} for pair in self.examples for k in roles]
 
     def _shown(
         self, messages: Sequence[Message], *, add_generation_prompt: bool
@@ -180,6 +188,7 @@ class PromptFormat:
 
     def _plain_text(self, prompt: Prompt) -> str:
         parts = [self.system_prompt] if self.system_prompt else []
+        parts += [pair["prompt"] + pair["response"] for pair in self.examples]
         messages = as_messages(prompt)
         if len(messages) > 1:
             raise InputError(

@@ -15,7 +15,7 @@ Prompt = str | Sequence[Message]
 FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
 """What templates read of a message."""
 
-_SYSTEM = ("system", "developer")
+SYSTEM = ("system", "developer")
 
 
 def as_messages(prompt: Prompt) -> list[Message]:
@@ -178,7 +178,7 @@ def forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
 def _speaking(messages: Sequence[Message], role: str) -> list[Message]:
     def of(message: Message) -> str:
         given = message["role"]
-        if given in _SYSTEM:
+        if given in SYSTEM:
             return "system"
         return given if given in ("user", "assistant") else role
 
@@ -209,7 +209,7 @@ def _plain_roles(messages: Sequence[Message]) -> list[Message]:
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
     """The system prompt at the head of the first user message, for templates without that role."""
-    turned = [{**m, "role": "user"} if m["role"] in _SYSTEM else m for m in messages]
+    turned = [{**m, "role": "user"} if m["role"] in SYSTEM else m for m in messages]
     return _plain_roles(turned)
 
 

@@ -103,14 +103,15 @@ class FrozenModel:
         output = self.run_body(
             self._tensor(ids_BT),
             use_cache=cache is not None,
-            **{self.cache_name: None if cache is None else _copies(cache, len(inputs))},
+            **{self.cache_name: None if cache is None else self._copies(cache, len(inputs))},
         )
         b_N = np.repeat(np.arange(len(inputs)), [len(r) for r in responses])
         t_N = np.concatenate(
             [np.arange(len(c) - 1, len(ids)) for c, ids in zip(contexts, inputs, strict=True)]
         )
         # The body may end on another device than the one it starts on.
-        hidden_ND = output.last_hidden_state[torch.from_numpy(b_N), torch.from_numpy(t_N)]
+        hidden_BTD = output.last_hidden_state
+        hidden_ND = hidden_BTD[to_device(b_N, hidden_BTD.device), to_device(t_N, hidden_BTD.device)]
         blocks = zip(*(x.split(self.head_rows) for x in (hidden_ND, target_N)), strict=True)
         # Nobody but the call in progress may hold on to logits: two blocks double the peak.
         with self._head_in_use():
@@ -162,7 +163,7 @@ class FrozenModel:
         cache = getattr(self.run_body(ids_1T[:, :start], use_cache=True), self.cache_name)
         for copies in (2, 1):
             ids = ids_1T[:, start:].expand(copies, -1)
-            given = {self.cache_name: _copies(cache, copies)}
+            given = {self.cache_name: self._copies(cache, copies)}
             output = self.run_body(ids, use_cache=True, **given)
             if not self._hidden_agree(output.last_hidden_state[-1], whole_TD[start:]):
                 return False
@@ -229,8 +230,27 @@ class FrozenModel:
             logger.info("%s: %s: %r", self.name, check.__name__, error)
             return False
 
+    def _copies(self, cache: Any, copies: int) -> Any:
+        """The cache repeated, apart from the original: cropping fails on a full sliding window."""
+        cache = copy.deepcopy(cache)
+        if copies > 1:
+            cache.reorder_cache(torch.zeros(copies, dtype=torch.int64, device=self.device))
+        return cache
+
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(array, self.device)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of the array, or on a CPU the array itself.
+
+    From ordinary memory a copy to a GPU waits until it has done all that was asked of it, and the
+    next pass could not be prepared meanwhile.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def input_device(model: Any) -> torch.device:
@@ -254,14 +274,6 @@ def length_limit(config: Any, tokenizer: Any, asked: int | None) -> int:
             "model was made for; to go beyond, change its configuration"
         )
     return asked
-
-
-def _copies(cache: Any, copies: int) -> Any:
-    """The cache repeated, apart from the original: cropping fails on a full sliding window."""
-    cache = copy.deepcopy(cache)
-    if copies > 1:
-        cache.reorder_cache(torch.zeros(copies, dtype=torch.int64))
-    return cache
 
 
 def _length_dependent(config: Any) -> bool:

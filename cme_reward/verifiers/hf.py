@@ -7,7 +7,7 @@ others in padded batches of like length.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
@@ -213,20 +213,19 @@ class TransformersVerifier(Closes):
             if len(response):
                 groups[prompts_B[i].tobytes()].append(i)
 
-        results = [np.empty(0, np.float32) for _ in responses_B]
+        asked: list[tuple[list[int], torch.Tensor]] = []
         loose: list[int] = []
         for members in groups.values():
             prompt = prompts_B[members[0]]
             if self._worth_sharing(len(prompt), [len(responses_B[i]) for i in members]):
                 # The last prompt token stays out of the cache: it predicts response token 0.
                 cache = self.frozen.prefix(prompt[:-1])
-                self._score(
-                    members, dict.fromkeys(members, prompt[-1:]), responses_B, results, cache
-                )
+                contexts = dict.fromkeys(members, prompt[-1:])
+                asked += self._ask(members, contexts, responses_B, cache)
             else:
                 loose += members
-        self._score(loose, prompts_B, responses_B, results)
-        return results
+        asked += self._ask(loose, prompts_B, responses_B)
+        return self._received(asked, responses_B)
 
     def _worth_sharing(self, prompt_length: int, response_lengths: list[int]) -> bool:
         """Whether G(P+R) / (P+GR), tokens without over tokens with a shared prompt, is enough."""
@@ -234,20 +233,28 @@ class TransformersVerifier(Closes):
         shared = prompt_length + sum(response_lengths)
         return self.frozen.shares and prompt_length > 1 and alone >= WORTH_SHARING * shared
 
-    def _score(
+    def _ask(
         self,
         members: list[int],
         contexts: Mapping[int, np.ndarray] | list[np.ndarray],
         responses: list[np.ndarray],
-        results: list[np.ndarray],
         cache: Any = None,
-    ) -> None:
-        """Fill in the results of responses that continue one cached prefix, or none."""
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Responses that continue one cached prefix, or none: those of a pass, and its log-probs
+        one response after the other, still on the device."""
         widths = {i: len(contexts[i]) + len(responses[i]) - 1 for i in members}
         for batch in passes.batches(widths, self.batch_tokens):
             pieces = [responses[i] for i in batch]
-            logprobs_N = self.frozen.logprobs([contexts[i] for i in batch], pieces, cache)
-            ends = np.cumsum([len(piece) for piece in pieces])[:-1]
+            yield batch, self.frozen.logprobs([contexts[i] for i in batch], pieces, cache)
+
+    def _received(
+        self, asked: list[tuple[list[int], torch.Tensor]], responses: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """The log-probs of each response. Not before all passes are asked for: a GPU computes one
+        while the next is prepared."""
+        results = [np.empty(0, np.float32) for _ in responses]
+        for batch, logprobs_N in asked:
+            ends = np.cumsum([len(responses[i]) for i in batch])[:-1]
             for i, logprobs_S in zip(batch, np.split(logprobs_N.cpu().numpy(), ends), strict=True):
                 for s in np.flatnonzero(~np.isfinite(logprobs_S))[:1]:
                     raise VerifierError(
@@ -256,6 +263,7 @@ class TransformersVerifier(Closes):
                         "with dtype float32"
                     )
                 results[i] = logprobs_S
+        return results
 
     def _checked(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]

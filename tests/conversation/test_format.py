@@ -50,6 +50,36 @@ def test_the_verifiers_system_prompt_stands_in_only_where_there_is_none() -> Non
     assert "Be strict." not in rendered(tokenizer, own, config)
 
 
+EXAMPLES = (
+    {"prompt": "2 + 2?", "response": "4"},
+    {"prompt": "Capital of Italy?", "response": "Rome"},
+)
+
+
+def test_examples_are_turns_after_the_system_prompt_and_before_the_conversation() -> None:
+    tokenizer = load_tokenizer("byte-level")
+    turns = [
+        {"role": role, "content": pair[key]}
+        for pair in EXAMPLES
+        for role, key in (("user", "prompt"), ("assistant", "response"))
+    ]
+    system, asked = {"role": "system", "content": "S."}, {"role": "user", "content": "Hi"}
+    config = CMEConfig(examples=EXAMPLES)
+    assert rendered(tokenizer, "Hi", config) == rendered(tokenizer, [*turns, asked])
+    expected = rendered(tokenizer, [system, *turns, asked])
+    assert rendered(tokenizer, [system, asked], config) == expected
+    given = CMEConfig(examples=EXAMPLES, system_prompt="S.")
+    assert rendered(tokenizer, "Hi", given) == expected
+
+
+def test_examples_without_a_chat_template_are_texts() -> None:
+    tokenizer = with_template("byte-level", None)
+    examples = ({"prompt": "Question: 2 + 2?\nAnswer:", "response": " 4"},)
+    config = CMEConfig(examples=examples, system_prompt="Be brief.")
+    expected = "Be brief.\n\nQuestion: 2 + 2?\nAnswer: 4\n\nQuestion: 3?\nAnswer:"
+    assert rendered(tokenizer, "Question: 3?\nAnswer:", config) == expected
+
+
 def test_template_options_and_another_template() -> None:
     tokenizer = with_template("byte-level", THINKING)
     assert rendered(tokenizer, "Hi").endswith("<|im_start|>")

@@ -17,6 +17,9 @@ def test_is_frozen_and_pickles() -> None:
         config.eos = "score"  # type: ignore[misc]
 
 
+EXAMPLE = {"prompt": "2 + 2?", "response": "4"}
+
+
 def test_an_unknown_key_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown setting 'whitespce'; did you mean 'whitespace'"):
         CMEConfig.from_dict({"whitespce": "keep"})
@@ -37,6 +40,9 @@ def test_an_unknown_key_names_the_nearest() -> None:
         ({"eps": None}, "eps=None cannot be read; expected float"),
         ({"system_prompt": {"a": 1}}, r"system_prompt=\{'a': 1\} cannot be read; expected text"),
         ({"chat_template_kwargs": "yes"}, "='yes' cannot be read; expected a mapping such as"),
+        ({"examples": "[a]"}, r"examples\[0\]='a': expected a list such as"),
+        ({"examples": [{"prompt": "a"}]}, r"examples\[0\]=\{'prompt': 'a'\}: expected a list"),
+        ({"examples": [EXAMPLE, {**EXAMPLE, "response": " "}]}, r"examples\[1\]=.* with text"),
     ],
 )
 def test_an_impossible_value_is_refused(settings: dict, message: str) -> None:
@@ -95,6 +101,7 @@ def test_from_env_reads_strings_as_their_type() -> None:
         "CME_SYSTEM_PROMPT": "12",
         "CME_LOGPROB_FLOOR": "none",
         "CME_CHAT_TEMPLATE_KWARGS": "{enable_thinking: false}",
+        "CME_EXAMPLES": "[{prompt: '2 + 2?', response: '4'}]",
         "CME_SHARED": "not a setting",
         "HOME": "nor this",
     }
@@ -103,6 +110,7 @@ def test_from_env_reads_strings_as_their_type() -> None:
         max_length=128,
         system_prompt="12",
         chat_template_kwargs={"enable_thinking": False},
+        examples=[EXAMPLE],
     )
 
 
