@@ -18,7 +18,7 @@ from trl_tiny import tokenizer as other_tokenizer
 from benchmarks.grpo import Settings
 from benchmarks.miniature import decide, evaluate, grammar, models, tasks, vocabulary
 from benchmarks.miniature.__main__ import SMALL, main
-from benchmarks.miniature.candidates import Candidate, soft_minimum
+from benchmarks.miniature.candidates import Candidate, next_prompts, soft_minimum
 from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.demo import main as main_of_demo
@@ -203,6 +203,12 @@ def test_candidates_by_hand() -> None:
     assert contrast == pytest.approx([0.0, np.log(0.08) / 2])
     fixed = Fixed()
     assert Candidate().verifier(fixed) is fixed
+    # Astray, each response is read after the next other prompt of the batch.
+    assert next_prompts([[1, 2], [1, 2], [3], [4]]) == [(3,), (3,), (4,), (1, 2)]
+    (read,) = Candidate(astray=True).verifier(fixed).logprobs([[1, 2], [3]], [[4, 5]] * 2)[:1]
+    assert read == pytest.approx(np.log([0.25, 0.02]))  # after [3], a prompt of one token
+    with pytest.raises(ValueError, match="1 different prompts"):
+        next_prompts([[1], [1]])
 
 
 def test_the_soft_minimum_lies_between_the_worst_token_and_the_mean() -> None:

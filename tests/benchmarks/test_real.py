@@ -16,7 +16,14 @@ import torch
 from tiny_models import CONFIGS, build, trained_tokenizer
 
 from benchmarks.real import check, models
-from benchmarks.real.questions import Question, ShortQuestions, is_right, read_questions
+from benchmarks.real.questions import (
+    EXAMPLES,
+    OWN,
+    Question,
+    ShortQuestions,
+    is_right,
+    read_questions,
+)
 from benchmarks.real.rollouts import Rollout, accuracy, pairs_of
 
 
@@ -57,6 +64,14 @@ def test_questions_are_read_zipped_or_not(tmp_path: Path) -> None:
     for name in ("q.jsonl", "q.jsonl.gz"):
         assert read_questions(tmp_path / name) == [wanted]
     assert read_questions(tmp_path / "apart.jsonl") == [replace(wanted, apart=True)]
+
+
+def test_our_own_questions_are_half_apart_and_the_examples_none_of_them() -> None:
+    found = read_questions(OWN)
+    prompts = [question.prompt for question in found]
+    assert len(set(prompts)) == len(prompts) == 2 * sum(question.apart for question in found)
+    assert not {example["prompt"] for example in EXAMPLES} & set(prompts)
+    assert all(question.answers and all(question.answers) for question in found)
 
 
 QUESTIONS = [
@@ -148,8 +163,6 @@ def test_the_check_trains_keeps_its_runs_and_tabulates_them(
     half = 0.5 / (0.5**0.5 + 0.1)  # marks 1 and 0: mean 0.5, sample deviation sqrt(1 / 2)
     assert found[:, 0].tolist() == pytest.approx([half, -half, 0, 0])
     assert found.shape == (4, max(map(len, words)))
-    with pytest.raises(SystemExit):
-        check.main(["--condition", "oracle"])
 
 
 def test_a_file_in_parts_is_joined_in_order_and_has_to_be_the_right_one(
