@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,11 +82,12 @@ class CMEConfig:
     system_prompt: str | None = None
     """System prompt for the verifier, in front of conversations that have none of their own."""
 
-    examples: Sequence[Mapping[str, str]] = ()
-    """Prompts with good responses, `[{"prompt": ..., "response": ...}]`, that the verifier reads as
-    turns in front of every conversation, after its system prompt. They tell it what form a response
-    is to have: one that expects whole sentences finds a bare right answer as surprising as a wrong
-    one (docs/evidence.md). A base model reads each prompt and response as one text."""
+    examples: Sequence[Mapping[str, str]] | str = ()
+    """Prompts with good responses, `[{"prompt": ..., "response": ...}]` or a file of such JSON
+    lines, that the verifier reads as turns in front of every conversation, after its system prompt.
+    They tell it what form a response is to have: one that expects whole sentences finds a bare
+    right answer as surprising as a wrong one (docs/evidence.md). A base model reads each prompt
+    and response as one text."""
 
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the verifier's chat template, for example `{"enable_thinking": False}`."""
@@ -131,17 +133,18 @@ class CMEConfig:
             )
 
     def _check_examples(self) -> None:
-        expected = (
-            "expected a list such as [{'prompt': 'Capital of Italy?', 'response': 'Rome'}], both "
-            "with text"
-        )
-        if isinstance(self.examples, str) or not isinstance(self.examples, Sequence):
-            raise ConfigError(f"examples={self.examples!r}: {expected}")
-        for k, given in enumerate(self.examples):
-            fits = isinstance(given, Mapping) and set(given) == {"prompt", "response"}
-            if not fits or not all(isinstance(t, str) and t.strip() for t in given.values()):
-                raise ConfigError(f"examples[{k}]={given!r}: {expected}")
-        object.__setattr__(self, "examples", tuple(dict(given) for given in self.examples))
+        given = self.examples
+        given = _read_lines(given) if isinstance(given, str) else given
+        for k, pair in enumerate(given):
+            texts = pair if isinstance(pair, Mapping) else {}
+            texts = [texts.get(name) for name in ("prompt", "response")]
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ConfigError(
+                    f"examples[{k}]={pair!r}: expected a mapping such as {{'prompt': 'Capital of "
+                    "Italy?', 'response': 'Rome'}, both with text"
+                )
+        pairs = tuple({"prompt": pair["prompt"], "response": pair["response"]} for pair in given)
+        object.__setattr__(self, "examples", pairs)  # frozen
 
     def _check_credit(self) -> None:
         if self.credit == "sequence":
@@ -179,3 +182,14 @@ class CMEConfig:
         """From environment variables such as `CME_EOS=mask`; other variables are left alone, also
         one that is misspelt."""
         return cls.from_dict(read_environment(kinds_of(cls), prefix, environ))
+
+
+def _read_lines(file: str) -> list[Any]:
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"examples={file!r} cannot be read as a file of JSON lines with prompt and response: "
+            f"{error}"
+        ) from error

@@ -52,7 +52,7 @@ class PromptFormat:
         self.template = config.chat_template or None
         self.is_chat = self.template != "none" and (self.template or own) is not None
         self.system_prompt = config.system_prompt
-        self.examples = config.examples
+        self.examples: Any = config.examples  # read by now, if they were in a file
         self.template_kwargs = dict(config.chat_template_kwargs)
         self.end_of_turn: int | None = tokenizer.eos_token_id
         self.lead = self.prefill = ""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ def test_an_unknown_key_names_the_nearest() -> None:
         ({"eps": None}, "eps=None cannot be read; expected float"),
         ({"system_prompt": {"a": 1}}, r"system_prompt=\{'a': 1\} cannot be read; expected text"),
         ({"chat_template_kwargs": "yes"}, "='yes' cannot be read; expected a mapping such as"),
-        ({"examples": "[a]"}, r"examples\[0\]='a': expected a list such as"),
-        ({"examples": [{"prompt": "a"}]}, r"examples\[0\]=\{'prompt': 'a'\}: expected a list"),
+        ({"examples": "[a]"}, r"examples\[0\]='a': expected a mapping such as"),
+        ({"examples": "nowhere.jsonl"}, "='nowhere.jsonl' cannot be read as a file of JSON lines"),
+        ({"examples": 3}, "examples=3 cannot be read; expected a list"),
+        ({"examples": [{"prompt": "a"}]}, r"examples\[0\]=\{'prompt': 'a'\}: expected a mapping"),
         ({"examples": [EXAMPLE, {**EXAMPLE, "response": " "}]}, r"examples\[1\]=.* with text"),
     ],
 )
@@ -112,6 +115,14 @@ def test_from_env_reads_strings_as_their_type() -> None:
         chat_template_kwargs={"enable_thinking": False},
         examples=[EXAMPLE],
     )
+
+
+def test_examples_are_read_from_a_file_of_rows(tmp_path: Path) -> None:
+    rows = [{**EXAMPLE, "id": 1}, {"prompt": "a", "response": "\u00e9\n"}]
+    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    config = CMEConfig.from_dict({"examples": str(tmp_path / "e.jsonl")})
+    assert config.examples == (EXAMPLE, {"prompt": "a", "response": "\u00e9\n"})
+    assert dataclasses.replace(config, eos="mask").examples == config.examples
 
 
 def test_keys_with_none_keep_their_meaning() -> None:
