@@ -259,6 +259,29 @@ def test_turns_are_scored_in_the_verifiers_own_template(verifier: str) -> None:
     assert batch.mask[0].tolist()[len(first) : -len(last)] == [False] * len(between)
 
 
+@pytest.mark.parametrize("verifier", ["byte-level", "sentencepiece"])
+def test_examples_stand_in_front_of_every_turn_and_are_not_scored(verifier: str) -> None:
+    config = CMEConfig(examples=[{"prompt": "A?", "response": "Yes."}])
+    plain, plain_stub, table = reward("byte-level", verifier)
+    cme, stub, _ = reward("byte-level", verifier, config)
+    encode = table.tokenizer.encode
+    first = encode("search(3)<|im_end|>")
+    between = encode("\n<|im_start|>tool\nthree<|im_end|>\n<|im_start|>assistant\n")
+    last = encode("It is three.<|im_end|>")
+    mask = [1] * len(first) + [0] * len(between) + [1] * len(last)
+    given = (["What?"], [[*first, *between, *last]], [mask])
+    batch, without = cme(*given), plain(*given)
+    front = "A?Yes.\n\n"  # to a base model
+    if verifier == "byte-level":
+        front = "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    decode = stub.tokenizer.decode
+    shown = [decode(ids) for ids in stub.prompts]
+    assert shown == [front + decode(ids) for ids in plain_stub.prompts]
+    assert stub.responses == plain_stub.responses
+    # The stub's log-probs are of the tokens alone.
+    assert torch.equal(batch.token_rewards, without.token_rewards)
+
+
 def test_rollouts_of_one_prompt_are_shown_the_same_ids() -> None:
     cme, stub, table = reward("byte-level", "byte-level")
     cme(["p", "q", "p"], [sampled(table, t) for t in ("a", "b", "c")])
