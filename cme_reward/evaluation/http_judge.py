@@ -49,9 +49,7 @@ class HttpJudge:
         self._client = httpx.Client(
             timeout=timeout,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(
-                max_connections=connections, max_keepalive_connections=connections
-            ),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         )
 
     def close(self) -> None:

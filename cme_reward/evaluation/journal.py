@@ -90,5 +90,6 @@ def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"another process writes to {path}; wait for it, or name another --out") \
-            from None
+        raise InputError(
+            f"another process writes to {path}; wait for it, or name another --out"
+        ) from None

@@ -45,9 +45,7 @@ def cells(results: Sequence[Result]) -> list[tuple[str, ...]]:
             f"{one.controlled:.2f}" if np.isfinite(one.controlled) else "-",
             *(f"{n:,}" for n in (one.n, *(one.counts[x] for x in (WIN, TIE, LOSS, INCONSISTENT)))),
             ", ".join(
-                f"{one.counts[x]:,} {x}"
-                for x in (ABSTAINED, UNREADABLE, FAILED)
-                if one.counts[x]
+                f"{one.counts[x]:,} {x}" for x in (ABSTAINED, UNREADABLE, FAILED) if one.counts[x]
             )
             or "0",
         )

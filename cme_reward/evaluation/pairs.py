@@ -78,7 +78,9 @@ def pairs_of(answers: Sequence[Answer], baseline: str | None = None) -> list[Pai
     baseline = baseline if baseline is not None or not models else models[0]
     if baseline not in models:
         there = ", ".join(models) or "none"
-        raise InputError(f"--against {short(baseline)} is no model of these files; they have {there}")
+        raise InputError(
+            f"--against {short(baseline)} is no model of these files; they have {there}"
+        )
     if len(models) < 2:
         raise InputError(
             f"all answers are {baseline}'s; expected those of two models or more, told apart by "
