@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cme_reward.cli.jsonl import whole_file
-from cme_reward.evaluation.page import HEADS, cells, render
+from cme_reward.evaluation.page import EXTRAPOLATED, render, table
 from cme_reward.evaluation.results import (
     OUTCOMES,
     Agreement,
@@ -38,26 +38,26 @@ def write(folder: Path, outcomes: Sequence[Outcome], *, seed: int, settings: dic
 def show(outcomes: Sequence[Outcome], seed: int, cost: float | None, console: Console) -> None:
     """The table in a terminal."""
     from rich.table import Column, Table
+    from rich.text import Text
 
     results = results_of(outcomes, seed)
     pairs = len({id(one.pair) for one in outcomes})
-    console.print(f"{pairs:,} pairs, against {results[0].baseline}", markup=False)
-    table = Table(*(Column(head, no_wrap="95" in head, overflow="fold") for head in HEADS))
-    for row in cells(results):
-        table.add_row(*(_plain(cell) for cell in row))
-    console.print(table)
+    judges = ", ".join(dict.fromkeys(one.judge for one in results))
+    console.print(f"{pairs:,} pairs, against {results[0].baseline}, judged by {judges}",
+                  markup=False)  # fmt: skip
+    heads, rows = table(results)
+    shown = Table(*(Column(head, no_wrap="95" in head, overflow="fold") for head in heads))
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    if any(one.extrapolated for one in results):
+        console.print(EXTRAPOLATED)
     for one in agreements_of(outcomes):
         kappa = f"{one.kappa:.2f}" if one.kappa == one.kappa else "-"
         console.print(f"{' and '.join(one.judges)}: Cohen's kappa {kappa} on {one.pairs:,} pairs",
                       markup=False)  # fmt: skip
     if cost is not None:
         console.print(f"Judged for {cost:.2f} USD.")
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)
 
 
 def as_dict(
@@ -81,6 +81,7 @@ def as_dict(
                 "n": one.n,
                 "win_rate": [number(x) for x in one.rate],
                 "length_controlled_win_rate": number(one.controlled),
+                "length_extrapolated": one.extrapolated,
                 **{{"win": "wins", "tie": "ties", "loss": "losses"}.get(name, name):
                    one.counts[name] for name in OUTCOMES},
             }

@@ -95,14 +95,15 @@ def _with_response(fields: dict[str, Any]) -> list[dict[str, Any]]:
 def _preference(name: str, value: Any) -> tuple[str, float] | None:
     if value is None:
         return None
-    other, chance = (value.get("vs"), value.get("p_win")) if isinstance(value, dict) else (0, 0)
-    is_number = isinstance(chance, int | float) and not isinstance(chance, bool)
-    if not isinstance(other, str) or not is_number or not 0 <= chance <= 1:
-        raise InputError(
-            f'{name} is {short(value)}; expected {{"vs": "another model", "p_win": 0.5}}, p_win '
-            "from 0 to 1"
-        )
-    return other, float(chance)
+    given = value if isinstance(value, dict) else {}
+    other, chance = given.get("vs"), given.get("p_win")
+    if isinstance(other, str) and isinstance(chance, int | float) and type(chance) is not bool:
+        if 0 <= chance <= 1:
+            return other, float(chance)
+    raise InputError(
+        f'{name} is {short(value)}; expected {{"vs": "another model", "p_win": 0.5}}, p_win from 0 '
+        "to 1"
+    )
 
 
 def _stem(file: str) -> str:

@@ -21,36 +21,39 @@ from cme_reward.evaluation.results import (
 )
 from cme_reward.heatmap.pages import template, theme
 
-HEADS = (
-    "model",
-    "judge",
-    "win rate\n[95 %]",
-    "at equal\nlength",
-    "N",
-    "wins",
-    "ties",
-    "losses",
-    "of ties\ninconsistent",
-    "not counted",
+EXTRAPOLATED = (
+    "* Nearly all responses are longer, or nearly all shorter, than the baseline's: the rate at "
+    "equal length is extrapolated."
 )
 
 
-def cells(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The table of an evaluation, as texts under `HEADS`; "-" where nothing is known."""
-    return [
-        (
+def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """The table of an evaluation, as heads and texts; "-" where nothing is known.
+
+    The judge has a column where there are several.
+    """
+    heads = ["model", "win rate\n[95 %]", "at equal\nlength", "N", "wins, ties,\nlosses"]
+    heads += ["ties by\norder", "not counted"]
+    rows = [
+        [
             one.model,
-            one.judge,
             str(one.rate),
-            f"{one.controlled:.2f}" if np.isfinite(one.controlled) else "-",
-            *(f"{n:,}" for n in (one.n, *(one.counts[x] for x in (WIN, TIE, LOSS, INCONSISTENT)))),
+            f"{one.controlled:.2f}{'*' * one.extrapolated}" if np.isfinite(one.controlled) else "-",
+            f"{one.n:,}",
+            ", ".join(f"{one.counts[x]:,}" for x in (WIN, TIE, LOSS)),
+            f"{one.counts[INCONSISTENT]:,}",
             ", ".join(
                 f"{one.counts[x]:,} {x}" for x in (ABSTAINED, UNREADABLE, FAILED) if one.counts[x]
             )
-            or "0",
-        )
+            or "-",
+        ]
         for one in results
     ]
+    if len({one.judge for one in results}) > 1:
+        heads.insert(1, "judge")
+        for row, one in zip(rows, results, strict=True):
+            row.insert(1, one.judge)
+    return heads, rows
 
 
 def render(
@@ -61,11 +64,14 @@ def render(
     for one in outcomes:
         of.setdefault(id(one.pair), (one.pair, []))[1].append(one)
     page = template("cme_reward.evaluation", said=_said)
+    heads, rows = table(results)
     return page.render(
         theme=theme(),
         title=f"Against {results[0].baseline}",
-        heads=HEADS,
-        rows=cells(results),
+        judges=list(dict.fromkeys(one.judge for one in results)),
+        note=EXTRAPOLATED if any(one.extrapolated for one in results) else "",
+        heads=heads,
+        rows=rows,
         agreements=agreements,
         samples=list(of.values()),
         outcomes=[x for x in OUTCOMES if any(one.says == x for one in outcomes)],

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cme_reward._keys import prompt_key
-from cme_reward._row import short
 from cme_reward.conversation.messages import Prompt
 from cme_reward.errors import InputError
 
@@ -45,8 +44,9 @@ class Pair:
 
     def shown(self, first: str) -> tuple[str, str]:
         """Both responses, with that of the model `first` as A."""
-        both = self.response, self.reference
-        return both if first == self.model else both[::-1]
+        if first == self.model:
+            return self.response, self.reference
+        return self.reference, self.response
 
     def drawn(self, seed: int) -> str:
         """The model that is shown first.
@@ -78,9 +78,7 @@ def pairs_of(answers: Sequence[Answer], baseline: str | None = None) -> list[Pai
     baseline = baseline if baseline is not None or not models else models[0]
     if baseline not in models:
         there = ", ".join(models) or "none"
-        raise InputError(
-            f"--against {short(baseline)} is no model of these files; they have {there}"
-        )
+        raise InputError(f"--against {baseline!r} is no model of these files; they have {there}")
     if len(models) < 2:
         raise InputError(
             f"all answers are {baseline}'s; expected those of two models or more, told apart by "

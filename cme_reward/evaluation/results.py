@@ -13,7 +13,13 @@ import numpy as np
 from cme_reward.evaluation.judge import FAILED, UNREADABLE
 from cme_reward.evaluation.pairs import Pair
 from cme_reward.evaluation.run import Question
-from cme_reward.evaluation.statistics import entropy, kappa, length_controlled, win_rate
+from cme_reward.evaluation.statistics import (
+    entropy,
+    extrapolates,
+    kappa,
+    length_controlled,
+    win_rate,
+)
 from cme_reward.ranking.statistics import Estimate
 
 WIN, TIE, LOSS, INCONSISTENT, ABSTAINED = "win", "tie", "loss", "inconsistent", "abstained"
@@ -51,6 +57,8 @@ class Result:
     rate: Estimate
     controlled: float
     """The rate at equal length."""
+    extrapolated: bool
+    """Whether hardly any pair is of about equal length, so that `controlled` is a guess."""
     counts: Counter[str]
     """Of OUTCOMES; an inconsistent pair is also a tie."""
 
@@ -131,6 +139,7 @@ def results_of(outcomes: Sequence[Outcome], seed: int = 0) -> list[Result]:
                 own[0].pair.baseline,
                 win_rate(preferences, seed),
                 length_controlled(preferences, longer_by),
+                len(counted) > 0 and extrapolates(longer_by),
                 counts,
             )
         )

@@ -14,6 +14,7 @@ RIDGE = 1e-3
 """Keeps a model that always wins at a finite coefficient; far below the weight of one pair."""
 STEPS = 100
 """Most Newton steps; a dozen are taken."""
+EDGE = 0.05
 CHUNK = 100
 """Draws of the bootstrap made at a time, which bounds the memory they take."""
 
@@ -84,6 +85,15 @@ def length_controlled(preferences: Float64, longer_by: Float64) -> float:
         if np.abs(step).max() < 1e-9:
             break
     return float(_sigmoid(weights[:1])[0])
+
+
+def extrapolates(longer_by: Float64) -> bool:
+    """Whether hardly any pair says what happens at equal length.
+
+    True where less than EDGE of the pairs have a longer response of the model's, or less than that
+    a shorter one; responses of equal length count for both. Of one pair at least.
+    """
+    return bool(min((longer_by >= 0).mean(), (longer_by <= 0).mean()) < EDGE)
 
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> float:
