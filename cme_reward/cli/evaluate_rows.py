@@ -97,9 +97,9 @@ def _preference(name: str, value: Any) -> tuple[str, float] | None:
         return None
     given = value if isinstance(value, dict) else {}
     other, chance = given.get("vs"), given.get("p_win")
-    if isinstance(other, str) and isinstance(chance, int | float) and type(chance) is not bool:
-        if 0 <= chance <= 1:
-            return other, float(chance)
+    number = chance if isinstance(chance, int | float) and type(chance) is not bool else -1
+    if isinstance(other, str) and 0 <= number <= 1:
+        return other, float(number)
     raise InputError(
         f'{name} is {short(value)}; expected {{"vs": "another model", "p_win": 0.5}}, p_win from 0 '
         "to 1"
