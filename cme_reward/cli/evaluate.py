@@ -147,7 +147,7 @@ def evaluate(
     err = stderr()
     with clean_errors(err), ExitStack() as stack:
         from cme_reward.cli.evaluate_judges import Prices, load_judges
-        from cme_reward.cli.evaluate_output import show, write
+        from cme_reward.cli.evaluate_output import Found, show, write
         from cme_reward.cli.evaluate_rows import Answers
         from cme_reward.cli.evaluate_run import judged, stored
         from cme_reward.evaluation.judge import FAILED, UNREADABLE
@@ -204,10 +204,12 @@ def evaluate(
             "abstain_above": abstain_above,
             "seed": seed,
         }
-        write(out, outcomes, seed=seed, settings=settings, cost=cost)
+        with busy(err, quiet, "Drawing intervals"):
+            found = Found.of(outcomes, cost, seed)
+        write(out, found, settings)
         from rich.console import Console
 
-        show(outcomes, seed, cost, Console(highlight=False))
+        show(found, Console(highlight=False))
         if not quiet:
             say(err, f"wrote {out / 'report.json'} and {out / 'report.html'}")
         missing = Counter(one.says for one in outcomes)

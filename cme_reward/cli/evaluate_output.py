@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +22,38 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def write(folder: Path, outcomes: Sequence[Outcome], *, seed: int, settings: dict[str, Any],
-          cost: float | None) -> dict[str, Any]:  # fmt: skip
-    """Writes `report.json` and `report.html`; gives what the former holds."""
-    results, agreements = results_of(outcomes, seed), agreements_of(outcomes)
-    found = as_dict(results, agreements, settings, cost)
+@dataclass(frozen=True)
+class Found:
+    """All that is shown."""
+
+    outcomes: list[Outcome]
+    results: list[Result]
+    agreements: list[Agreement]
+    cost: float | None
+    """USD; None where no prices are known."""
+
+    @staticmethod
+    def of(outcomes: list[Outcome], cost: float | None, seed: int) -> Found:
+        return Found(outcomes, results_of(outcomes, seed), agreements_of(outcomes), cost)
+
+
+def write(folder: Path, found: Found, settings: dict[str, Any]) -> None:
+    """Writes `report.json` and `report.html`."""
+    text = json.dumps(as_dict(found, settings), ensure_ascii=False, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "report.json") as stream:
-        stream.write(json.dumps(found, ensure_ascii=False, indent=2).encode() + b"\n")
+        stream.write(text.encode() + b"\n")
     with whole_file(folder / "report.html") as stream:
-        stream.write(render(results, agreements, outcomes).encode())
-    return found
+        stream.write(render(found.results, found.agreements, found.outcomes).encode())
 
 
-def show(outcomes: Sequence[Outcome], seed: int, cost: float | None, console: Console) -> None:
+def show(found: Found, console: Console) -> None:
     """The table in a terminal."""
     from rich.table import Column, Table
     from rich.text import Text
 
-    results = results_of(outcomes, seed)
-    pairs = len({id(one.pair) for one in outcomes})
+    results = found.results
+    pairs = len({id(one.pair) for one in found.outcomes})
     judges = ", ".join(dict.fromkeys(one.judge for one in results))
     console.print(f"{pairs:,} pairs, against {results[0].baseline}, judged by {judges}",
                   markup=False)  # fmt: skip
@@ -52,20 +64,15 @@ def show(outcomes: Sequence[Outcome], seed: int, cost: float | None, console: Co
     console.print(shown)
     if any(one.extrapolated for one in results):
         console.print(EXTRAPOLATED)
-    for one in agreements_of(outcomes):
+    for one in found.agreements:
         kappa = f"{one.kappa:.2f}" if one.kappa == one.kappa else "-"
         console.print(f"{' and '.join(one.judges)}: Cohen's kappa {kappa} on {one.pairs:,} pairs",
                       markup=False)  # fmt: skip
-    if cost is not None:
-        console.print(f"Judged for {cost:.2f} USD.")
+    if found.cost is not None:
+        console.print(f"Judged for {found.cost:.2f} USD.")
 
 
-def as_dict(
-    results: Sequence[Result],
-    agreements: Sequence[Agreement],
-    settings: dict[str, Any],
-    cost: float | None,
-) -> dict[str, Any]:
+def as_dict(found: Found, settings: dict[str, Any]) -> dict[str, Any]:
     """An evaluation as JSON's values; null where nothing is known."""
 
     def number(value: float) -> float | None:
@@ -80,16 +87,16 @@ def as_dict(
                 "baseline": one.baseline,
                 "n": one.n,
                 "win_rate": [number(x) for x in one.rate],
-                "length_controlled_win_rate": number(one.controlled),
+                "length_controlled_win_rate": [number(x) for x in one.controlled],
                 "length_extrapolated": one.extrapolated,
                 **{{"win": "wins", "tie": "ties", "loss": "losses"}.get(name, name):
                    one.counts[name] for name in OUTCOMES},
             }
-            for one in results
+            for one in found.results
         ],
         "agreement": [
             {"judges": list(one.judges), "kappa": number(one.kappa), "pairs": one.pairs}
-            for one in agreements
+            for one in found.agreements
         ],
-        "cost_usd": cost if cost is None else round(cost, 6),
+        "cost_usd": found.cost if found.cost is None else round(found.cost, 6),
     }  # fmt: skip

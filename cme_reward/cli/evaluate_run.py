@@ -48,7 +48,7 @@ def judged(
             advance(f"{spent:.2f} USD" if prices.of else "")
 
         def stopping() -> None:
-            say(err, "waiting for the answers under way, which are paid for; Ctrl-C drops them")
+            say(err, "waiting for the answers under way, which are paid for")
 
         ask_all(questions, journal, concurrency=concurrency, done=done, stopping=stopping)
         known = dict(journal.known)

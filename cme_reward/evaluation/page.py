@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from cme_reward.evaluation.judge import FAILED, UNREADABLE
 from cme_reward.evaluation.pairs import Pair
 from cme_reward.evaluation.results import (
@@ -30,30 +28,36 @@ EXTRAPOLATED = (
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """The table of an evaluation, as heads and texts; "-" where nothing is known.
 
-    The judge has a column where there are several.
+    What is the same for all (one judge) or did not occur (pairs without an outcome) has no column.
     """
-    heads = ["model", "win rate\n[95 %]", "at equal\nlength", "N", "wins, ties,\nlosses"]
-    heads += ["ties by\norder", "not counted"]
-    rows = [
-        [
-            one.model,
-            str(one.rate),
-            f"{one.controlled:.2f}{'*' * one.extrapolated}" if np.isfinite(one.controlled) else "-",
-            f"{one.n:,}",
-            ", ".join(f"{one.counts[x]:,}" for x in (WIN, TIE, LOSS)),
-            f"{one.counts[INCONSISTENT]:,}",
-            ", ".join(
-                f"{one.counts[x]:,} {x}" for x in (ABSTAINED, UNREADABLE, FAILED) if one.counts[x]
-            )
-            or "-",
-        ]
-        for one in results
+    columns: list[tuple[str, list[str]]] = [
+        ("model", [one.model for one in results]),
+        ("judge", [one.judge for one in results]),
+        ("win rate\n[95 %]", [str(one.rate) for one in results]),
+        (
+            "at equal length\n[95 %]",
+            [f"{one.controlled}{'*' * one.extrapolated}" for one in results],
+        ),
+        ("N", [f"{one.n:,}" for one in results]),
+        (
+            "wins, ties,\nlosses",
+            [", ".join(f"{one.counts[x]:,}" for x in (WIN, TIE, LOSS)) for one in results],
+        ),
     ]
-    if len({one.judge for one in results}) > 1:
-        heads.insert(1, "judge")
-        for row, one in zip(rows, results, strict=True):
-            row.insert(1, one.judge)
-    return heads, rows
+    columns += [
+        (name, [f"{one.counts[x]:,}" for one in results])
+        for name, x in (
+            ("ties by\norder", INCONSISTENT),
+            (ABSTAINED, ABSTAINED),
+            (UNREADABLE, UNREADABLE),
+            (FAILED, FAILED),
+        )
+        if any(one.counts[x] for one in results)
+    ]
+    if len({one.judge for one in results}) == 1:
+        del columns[1]
+    heads, cells = zip(*columns, strict=True)
+    return list(heads), [list(row) for row in zip(*cells, strict=True)]
 
 
 def render(

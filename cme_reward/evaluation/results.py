@@ -55,7 +55,7 @@ class Result:
     model: str
     baseline: str
     rate: Estimate
-    controlled: float
+    controlled: Estimate
     """The rate at equal length."""
     extrapolated: bool
     """Whether hardly any pair is of about equal length, so that `controlled` is a guess."""
@@ -138,7 +138,7 @@ def results_of(outcomes: Sequence[Outcome], seed: int = 0) -> list[Result]:
                 model,
                 own[0].pair.baseline,
                 win_rate(preferences, seed),
-                length_controlled(preferences, longer_by),
+                length_controlled(preferences, longer_by, seed),
                 len(counted) > 0 and extrapolates(longer_by),
                 counts,
             )

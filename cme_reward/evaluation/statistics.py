@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,12 @@ from cme_reward.ranking.statistics import DRAWS, NOTHING, Estimate
 Float64 = NDArray[np.float64]
 RIDGE = 1e-3
 """Keeps a model that always wins at a finite coefficient; far below the weight of one pair."""
-STEPS = 100
-"""Most Newton steps; a dozen are taken."""
+STEPS, HALVINGS = 50, 30
+"""Most Newton steps, and halvings of each; a dozen and hardly any are taken."""
+FITS = 500
+"""Draws of the bootstrap of a regression."""
 EDGE = 0.05
+"""Pairs on one side of equal length, as a share, under which a rate there is extrapolated."""
 CHUNK = 100
 """Draws of the bootstrap made at a time, which bounds the memory they take."""
 
@@ -42,7 +46,7 @@ def win_rate(preferences: Float64, seed: int = 0) -> Estimate:
     return Estimate(float(preferences.mean()), float(low), float(high))
 
 
-def length_controlled(preferences: Float64, longer_by: Float64) -> float:
+def length_controlled(preferences: Float64, longer_by: Float64, seed: int = 0) -> Estimate:
     """The win rate, were all responses as long as the baseline's.
 
     Logistic regression of the preference y (1, 1/2, 0) on an intercept and on length:
@@ -50,41 +54,57 @@ def length_controlled(preferences: Float64, longer_by: Float64) -> float:
         P(y) = sigmoid(a + b tanh(d / sd(d))),    rate = sigmoid(a)
 
     with d the difference of the lengths. As in AlpacaEval 2 (Dubois et al. 2024, "Length-Controlled
-    AlpacaEval", Eq. 2), without its term for the difficulty of a prompt. It is fitted by Newton
-    steps, halved where they overshoot, to the cross entropy plus RIDGE / 2 (a^2 + b^2).
+    AlpacaEval"), without its term for the difficulty of a prompt. It is fitted by Newton steps,
+    halved where they overshoot, to the cross entropy plus RIDGE / 2 (a^2 + b^2); the 95 % interval
+    is by bootstrap over prompts, with sd(d) as it is.
 
     Args:
         preferences: for the model against the baseline, `[N]`.
         longer_by: characters by which the model's response is longer, `[N]`.
+        seed: of the bootstrap.
 
     Returns:
         The rate. NaN without pairs, and where all differ by the same length other than 0: nothing
         then tells length from quality.
     """
-    if not len(preferences):
-        return float("nan")
-    spread = float(longer_by.std())
+    n = len(preferences)
+    spread = float(longer_by.std()) if n else 0.0
     if not spread:
-        return float("nan") if longer_by.any() else float(preferences.mean())
-    features = np.stack([np.ones(len(longer_by)), np.tanh(longer_by / spread)], axis=1)
-    weights = np.zeros(2)
+        return NOTHING if longer_by.any() else win_rate(preferences, seed)
+    features = np.stack([np.ones(n), np.tanh(longer_by / spread)], axis=1)
+    draw = np.random.default_rng(seed)
+    fits = [_fit(features, preferences, np.ones((1, n)))]
+    for _ in range(0, FITS, CHUNK):
+        fits.append(_fit(features, preferences, draw.multinomial(n, np.full(n, 1 / n), size=CHUNK)))
+    value, *drawn = _sigmoid(np.concatenate(fits)[:, 0])
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Estimate(float(value), float(low), float(high))
 
-    def loss(weights: Float64) -> float:
-        logits = features @ weights
-        fit = np.logaddexp(0, logits).sum() - preferences @ logits
-        return float(fit + RIDGE / 2 * weights @ weights)
+
+def _fit(features: Float64, preferences: Float64, times: NDArray[Any]) -> Float64:
+    """Coefficients `[D, 2]` of D regressions, in which each pair counts `times` `[D, N]`."""
+    found = np.zeros((len(times), 2))
+
+    def loss(found: Float64) -> Float64:
+        logits = found @ features.T
+        fit = np.logaddexp(0, logits) - preferences * logits
+        return (times * fit).sum(axis=1) + RIDGE / 2 * (found**2).sum(axis=1)
 
     for _ in range(STEPS):
-        chance = _sigmoid(features @ weights)
-        slope = features.T @ (chance - preferences) + RIDGE * weights
-        curvature = (features.T * (chance * (1 - chance))) @ features + RIDGE * np.eye(2)
-        step, now = np.linalg.solve(curvature, slope), loss(weights)
-        while loss(weights - step) > now and np.abs(step).max() > 1e-12:
-            step = step / 2
-        weights = weights - step
-        if np.abs(step).max() < 1e-9:
+        chance = _sigmoid(found @ features.T)
+        slope = (times * (chance - preferences)) @ features + RIDGE * found
+        curvature = np.einsum("dn,ni,nj->dij", times * chance * (1 - chance), features, features)
+        curvature += RIDGE * np.eye(2)
+        step, now = np.linalg.solve(curvature, slope[..., None])[..., 0], loss(found)
+        for _ in range(HALVINGS):
+            worse = loss(found - step) > now
+            if not worse.any():
+                break
+            step[worse] /= 2
+        found = found - step
+        if np.abs(step).max() < 1e-6:
             break
-    return float(_sigmoid(weights[:1])[0])
+    return found
 
 
 def extrapolates(longer_by: Float64) -> bool:

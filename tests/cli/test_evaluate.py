@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizer_kinds import SHARED, shared_rows
 from typer.testing import CliRunner
 from waiting import until
 
@@ -55,7 +56,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: Server  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
@@ -100,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    def log_message(self, *args: Any) -> None: ...
+    def log_message(self, format: str, *args: Any) -> None: ...
 
 
 def _better(text: str) -> str:
@@ -345,6 +346,26 @@ def test_stored_preferences_need_no_judge(folder: Path) -> None:
     assert (row["baseline"], row["wins"], row["ties"], row["losses"]) == ("old", 1, 2, 1)
     result = evaluate(file, "--preferences", "meta.prefs.gpd", status=2)
     assert "no line has a preference 'meta.prefs.gpd'" in result.stderr
+
+
+@pytest.mark.skipif(SHARED is None, reason="needs the texts of CME_SHARED")
+def test_alpaca_evals_preferences_give_about_the_rates_of_its_leaderboard(folder: Path) -> None:
+    """There of 805 prompts, here of 110 of them: the intervals hold the published rates."""
+    models = ["FuseChat-Gemma-2-9B-Instruct", "claude-2.1", "gemma-7b-it", "NullModel"]
+    rows = [row for row in shared_rows("dev_alpacaeval")
+            if row["model"] in ("gpt4_1106_preview", *models)]  # fmt: skip
+    file = write(folder / "all.jsonl", rows)
+    evaluate(file, "--preferences", "meta.prefs.weighted_alpaca_eval_gpt4_turbo")
+    published = {row["model"]: row["meta"] for row in rows}
+    results = found(folder)["results"]
+    assert {row["model"] for row in results} == set(models)
+    for row in results:
+        of = published[row["model"]]
+        for (_, low, high), name in (
+            (row["win_rate"], "lb_win_rate"),
+            (row["length_controlled_win_rate"], "lb_lc_win_rate"),
+        ):
+            assert low - 0.02 < of[name] / 100 < high + 0.02, (row, name)
 
 
 def test_wrong_input_is_named(folder: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_function_says_a_text_or_a_dict(said: Any, verdict: str, reason: str) 
 
 
 def test_a_function_that_raises_has_failed() -> None:
-    def broken(*shown: str) -> str:
+    def broken(*shown: object) -> str:
         raise RuntimeError("out of order")
 
     reply = PythonJudge("f", broken).ask("p", "a", "b", threading.Event())

@@ -56,15 +56,15 @@ def test_without_an_effect_of_length_the_controlled_rate_is_the_plain_one() -> N
     # at each length 3 of 4 are won
     preferences = np.tile([1.0, 1.0, 1.0, 0.0], 50)
     longer_by = np.repeat([-200.0, -100.0, 0.0, 100.0, 200.0], 40)
-    assert length_controlled(preferences, longer_by) == pytest.approx(0.75, abs=1e-4)
-    assert length_controlled(preferences, np.zeros(200)) == 0.75
+    assert length_controlled(preferences, longer_by).value == pytest.approx(0.75, abs=1e-4)
+    assert length_controlled(preferences, np.zeros(200)) == win_rate(preferences)
 
 
 def test_a_model_that_wins_by_length_alone_is_at_one_half() -> None:
     longer_by = np.array([300.0] * 90 + [-300.0] * 10)
     preferences = np.array([1.0] * 72 + [0.0] * 18 + [1.0] * 2 + [0.0] * 8)
     assert preferences.mean() == 0.74
-    assert length_controlled(preferences, longer_by) == pytest.approx(0.5, abs=1e-3)
+    assert length_controlled(preferences, longer_by).value == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_fit_is_the_least_of_a_grid() -> None:
@@ -77,20 +77,25 @@ def test_the_fit_is_the_least_of_a_grid() -> None:
     logits = a[..., None] + b[..., None] * x
     loss = (np.logaddexp(0, logits) - preferences * logits).sum(-1) + RIDGE / 2 * (a**2 + b**2)
     best = a.ravel()[loss.argmin()]
-    found = length_controlled(preferences, longer_by)
+    found, low, high = length_controlled(preferences, longer_by)
+    assert low < found < high
     assert math.log(found / (1 - found)) == pytest.approx(best, abs=0.011)
 
 
 def test_a_model_that_always_wins_has_a_rate() -> None:
     draw = np.random.default_rng(0)
-    assert 0.99 < length_controlled(np.ones(50), draw.normal(0, 100, 50)) <= 1
+    assert 0.99 < length_controlled(np.ones(50), draw.normal(0, 100, 50)).value <= 1
     separable = np.repeat([1.0, 0.0], 50)
-    assert 0 < length_controlled(separable, np.repeat([100.0, -50.0], 50)) < 1
+    # length alone decides: any intercept between the two fits, and the interval says so
+    longer_by = np.concatenate([draw.uniform(10, 300, 50), draw.uniform(-300, -10, 50)])
+    _, low, high = length_controlled(separable, longer_by)
+    assert low < 0.3
+    assert high > 0.7
 
 
 def test_length_and_quality_that_nothing_tells_apart() -> None:
-    assert math.isnan(length_controlled(np.ones(3), np.full(3, 10.0)))
-    assert math.isnan(length_controlled(np.zeros(0), np.zeros(0)))
+    assert math.isnan(length_controlled(np.ones(3), np.full(3, 10.0)).value)
+    assert math.isnan(length_controlled(np.zeros(0), np.zeros(0)).value)
     assert extrapolates(np.array([-5.0] * 39 + [5.0]))
     assert not extrapolates(np.array([-5.0] * 9 + [5.0]))
     assert not extrapolates(np.zeros(3))
