@@ -57,7 +57,7 @@ def load_judges(
                 HttpJudge(
                     spec,
                     model,
-                    os.environ.get(key),
+                    os.environ.get(key, "").strip(),
                     timeout=timeout,
                     retries=retries,
                     connections=concurrency,

@@ -42,9 +42,10 @@ def write(folder: Path, found: Found, settings: dict[str, Any]) -> None:
     text = json.dumps(as_dict(found, settings), ensure_ascii=False, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "report.json") as stream:
-        stream.write(text.encode() + b"\n")
+        stream.write(text.encode(errors="replace") + b"\n")
     with whole_file(folder / "report.html") as stream:
-        stream.write(render(found.results, found.agreements, found.outcomes).encode())
+        page = render(found.results, found.agreements, found.outcomes)
+        stream.write(page.encode(errors="replace"))  # a judge may write half a surrogate pair
 
 
 def show(found: Found, console: Console) -> None:

@@ -42,6 +42,12 @@ class HttpJudge:
         retries: int = 5,
         connections: int = 8,
     ) -> None:
+        try:
+            host = httpx.URL(url).host
+        except httpx.InvalidURL:
+            host = ""
+        if not host:
+            raise ConfigError(f"--judge {url!r} names no host; expected such as http://host/v1")
         self.name = f"{model} at {url}"
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
         self.timeout, self.retries = timeout, retries
@@ -133,7 +139,8 @@ def retry_after(headers: httpx.Headers) -> float:
     """Seconds that a Retry-After names, as a number or a date; 0 where there is none."""
     given = headers.get("retry-after", "")
     try:
-        return max(float(given), 0.0)
+        seconds = float(given)
+        return seconds if seconds > 0 else 0.0  # NaN is not
     except ValueError:
         pass
     try:

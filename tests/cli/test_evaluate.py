@@ -27,7 +27,7 @@ from cme_reward.evaluation import http_judge, run
 JUDGES = """
 def longer(prompt, first, second):
     a, b = len(first), len(second)
-    return f"It is longer.\\nVERDICT: {'A' if a > b else 'B' if b > a else 'TIE'}"
+    return f"It is longer. \\ud83d\\nVERDICT: {'A' if a > b else 'B' if b > a else 'TIE'}"
 
 def first(prompt, first, second):
     return {"verdict": "A", "usage": {"prompt_tokens": 1000, "completion_tokens": 10}}
@@ -189,7 +189,7 @@ def test_a_judge_in_python_and_the_reports(folder: Path) -> None:
     assert row["win_rate"][0] == 0.5
     lines = journal(folder)
     assert len(lines) == 6
-    assert {line["reason"] for line in lines} == {"It is longer."}
+    assert {line["reason"] for line in lines} == {"It is longer. \ud83d"}  # half a character
     assert all(line["seconds"] >= 0 and line["models"] == ["new", "old"] for line in lines)
     page = (folder / "evaluation" / "report.html").read_text()
     assert "<script>alert" not in page
@@ -384,6 +384,7 @@ def test_wrong_input_is_named(folder: Path) -> None:
         ((*judge, *judge), "two judges are the same"),
         ((*judge, "--against", "nil"), "--against 'nil' is no model"),
         (("--judge", "gpt-4"), "'gpt-4' is no judge; expected http://host/v1"),
+        (("--judge", "http://", "--judge-model", "x"), "names no host"),
         (("--judge", "http://x/v1"), "needs --judge-model NAME"),
         (("--judge", "python:some_judges:nil"), "has no attribute 'nil'"),
         (("--judge", "python:some_judges"), "expected python:module:function"),

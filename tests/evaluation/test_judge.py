@@ -86,7 +86,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 
     assert seconds("2.5") == 2.5
     assert seconds("-1") == 0
-    assert seconds("soon") == 0
+    assert seconds("soon") == seconds("nan") == 0
     assert retry_after(httpx.Headers()) == 0
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert 25 < seconds(date) <= 30
