@@ -22,7 +22,7 @@ def evaluate(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE.jsonl ...", help="The responses, also .jsonl.gz; - is standard input."
+            metavar="FILE.jsonl", help="The responses, also .jsonl.gz; - is standard input."
         ),
     ],
     judge_specs: Annotated[

@@ -25,7 +25,7 @@ CHUNK = 100
 
 def entropy(preference: float) -> float:
     """-p log p - (1-p) log(1-p) in nats: 0 where a judge is sure, log 2 = 0.693 where it is not."""
-    return float(-sum(p * np.log(p) for p in (preference, 1 - preference) if p > 0))
+    return -sum(float(p * np.log(p)) for p in (preference, 1 - preference) if p > 0) + 0.0
 
 
 def win_rate(preferences: Float64, seed: int = 0) -> Estimate:
