@@ -1,4 +1,4 @@
-"""The command line: `cme-reward score`, `rank`, `report`, `check-pair` and `serve`.
+"""The command line: `cme-reward score`, `rank`, `evaluate`, `report`, `check-pair` and `serve`.
 
 Help has to come at once, so that everything else is imported by the command that needs it.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cme_reward.cli import flags
+from cme_reward.cli.evaluate import evaluate
 from cme_reward.cli.rank import rank
 from cme_reward.cli.report import report
 from cme_reward.cli.serve import serve
@@ -287,5 +288,6 @@ def check_pair(
 
 
 app.command(no_args_is_help=True)(rank)
+app.command(no_args_is_help=True)(evaluate)
 app.command(no_args_is_help=True)(report)
 app.command(no_args_is_help=True)(serve)

@@ -108,6 +108,28 @@ def progress(err: Console, quiet: bool, source: BinaryIO) -> Iterator[Callable[[
 
 
 @contextmanager
+def counting(err: Console, quiet: bool, what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar of so many steps, where someone is looking; yields what takes one, with a note."""
+    if quiet or not err.is_terminal:
+        yield lambda note: None
+        return
+    from rich import progress as bars
+
+    bar = bars.Progress(
+        bars.TextColumn(what),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.fields[note]}"),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        console=err,
+    )
+    with bar:
+        task = bar.add_task("", total=total, note="")
+        yield lambda note: bar.update(task, advance=1, note=note)
+
+
+@contextmanager
 def open_input(file: str, err: Console) -> Iterator[Any]:
     """A file of bytes, by its name unpacked where it is compressed; - is standard input."""
     if file == "-":

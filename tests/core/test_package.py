@@ -93,7 +93,7 @@ ROOMS = [
     {"_row", "conversation"},
     {"generator", "loading", "verifiers"},
     {"assembly", "reward", "scoring"},
-    {"comparators", "heatmap", "ranking", "curves"},
+    {"comparators", "heatmap", "ranking", "evaluation", "curves"},
     {"openrlhf", "server", "trl", "verl"},
     {"cli"},
 ]

@@ -1,0 +1,161 @@
+"""Judgments -> an outcome of each pair -> what each judge says of each model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from cme_reward.evaluation.judge import FAILED, UNREADABLE
+from cme_reward.evaluation.pairs import Pair
+from cme_reward.evaluation.run import Question
+from cme_reward.evaluation.statistics import (
+    entropy,
+    extrapolates,
+    kappa,
+    length_controlled,
+    win_rate,
+)
+from cme_reward.ranking.statistics import Estimate
+
+WIN, TIE, LOSS, INCONSISTENT, ABSTAINED = "win", "tie", "loss", "inconsistent", "abstained"
+OUTCOMES = (WIN, TIE, LOSS, INCONSISTENT, ABSTAINED, UNREADABLE, FAILED)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a judge says of a pair, from the model's side."""
+
+    pair: Pair
+    judge: str
+    says: str
+    """One of OUTCOMES."""
+    preference: float = float("nan")
+    """1 for the model, 0 for the baseline; NaN where there is none."""
+    uncertainty: float = float("nan")
+    """Entropy of the preference, averaged over both orders, in nats."""
+    judgments: list[Mapping[str, Any]] = field(default_factory=list)
+    """As the journal has them."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is among the N of a win rate."""
+        return self.says in (WIN, TIE, LOSS, INCONSISTENT)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A judge's outcomes of a model against the baseline."""
+
+    judge: str
+    model: str
+    baseline: str
+    rate: Estimate
+    controlled: Estimate
+    """The rate at equal length."""
+    extrapolated: bool
+    """Whether hardly any pair is of about equal length, so that `controlled` is a guess."""
+    counts: Counter[str]
+    """Of OUTCOMES; an inconsistent pair is also a tie."""
+
+    @property
+    def n(self) -> int:
+        return self.counts[WIN] + self.counts[TIE] + self.counts[LOSS]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Cohen's kappa of two judges, on the pairs of which both say something."""
+
+    judges: tuple[str, str]
+    kappa: float
+    pairs: int
+
+
+def outcome_of(pair: Pair, judge: str, judgments: Sequence[Mapping[str, Any]]) -> Outcome:
+    """The outcome of a pair from its judgments, one or one for each order.
+
+    Different verdicts are a tie, called inconsistent. One that failed or cannot be read leaves the
+    pair without an outcome.
+    """
+    kept = list(judgments)
+    for missing in (FAILED, UNREADABLE):
+        if any(one["verdict"] == missing for one in kept):
+            return Outcome(pair, judge, missing, judgments=kept)
+    points = []
+    for one in kept:
+        for_a = {"A": 1.0, "B": 0.0, "TIE": 0.5}[one["verdict"]]
+        points.append(for_a if one["order"][0] == pair.model else 1 - for_a)
+    unsure = entropy(sum(points) / len(points))
+    if len(set(points)) > 1:
+        return Outcome(pair, judge, INCONSISTENT, 0.5, unsure, kept)
+    return Outcome(pair, judge, side(points[0]), points[0], unsure, kept)
+
+
+def side(preference: float) -> str:
+    return WIN if preference > 0.5 else LOSS if preference < 0.5 else TIE
+
+
+def outcomes_of(questions: Sequence[Question], known: Mapping[str, Mapping[str, Any]],
+                abstain_above: float | None = None) -> list[Outcome]:  # fmt: skip
+    """The outcomes of all questions asked, `known` having a judgment of each by its key."""
+    of: dict[tuple[str, int], list[Question]] = {}
+    for question in questions:
+        of.setdefault((question.judge.name, id(question.pair)), []).append(question)
+    found = [
+        outcome_of(asked[0].pair, judge, [known[one.key] for one in asked])
+        for (judge, _), asked in of.items()
+    ]
+    return [abstaining(one, abstain_above) for one in found]
+
+
+def abstaining(one: Outcome, above: float | None) -> Outcome:
+    """The outcome, or ABSTAINED where it is more uncertain than `above` nats."""
+    if above is None or not one.uncertainty > above:
+        return one
+    return Outcome(one.pair, one.judge, ABSTAINED, one.preference, one.uncertainty, one.judgments)
+
+
+def results_of(outcomes: Sequence[Outcome], seed: int = 0) -> list[Result]:
+    """One of each judge and model, in the order in which they first occur."""
+    of: dict[tuple[str, str], list[Outcome]] = {}
+    for one in outcomes:
+        of.setdefault((one.judge, one.pair.model), []).append(one)
+    found = []
+    for (judge, model), own in of.items():
+        counted = [one for one in own if one.counts]
+        preferences = np.array([one.preference for one in counted])
+        longer_by = np.array([one.pair.longer_by for one in counted], dtype=float)
+        counts = Counter(one.says for one in own)
+        counts[TIE] += counts[INCONSISTENT]
+        found.append(
+            Result(
+                judge,
+                model,
+                own[0].pair.baseline,
+                win_rate(preferences, seed),
+                length_controlled(preferences, longer_by, seed),
+                len(counted) > 0 and extrapolates(longer_by),
+                counts,
+            )
+        )
+    return found
+
+
+def agreements_of(outcomes: Sequence[Outcome]) -> list[Agreement]:
+    """Between each two judges, pairs that they abstained from included."""
+    said: dict[str, dict[int, str]] = {}
+    for one in outcomes:
+        own = said.setdefault(one.judge, {})
+        if one.preference == one.preference:
+            own[id(one.pair)] = side(one.preference)
+    found = []
+    for a, b in combinations(said, 2):
+        both = [pair for pair in said[a] if pair in said[b]]
+        share = kappa([said[a][pair] for pair in both], [said[b][pair] for pair in both])
+        found.append(Agreement((a, b), share, len(both)))
+    return found
