@@ -23,6 +23,8 @@ def run(code: str) -> str:
 def test_the_public_names() -> None:
     frozen = [sys.executable, REPOSITORY / "scripts" / "signatures.py", "--check"]
     assert subprocess.run(frozen, capture_output=True, text=True).stdout == ""
+    reference = [sys.executable, REPOSITORY / "scripts" / "reference.py", "--check"]
+    assert subprocess.run(reference, capture_output=True, text=True).stdout == ""
     assert set(cme_reward.__all__) <= set(dir(cme_reward))
     with pytest.raises(AttributeError, match="no attribute 'CMEReward'"):
         cme_reward.CMEReward  # noqa: B018
