@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from signatures import DOORS, ROOT, exported, signature, tree_of
+from signatures import DOORS, ROOT, public, signature, tree_of
 
 PAGE = ROOT / "docs" / "api.md"
 HEAD = """# API reference
@@ -83,11 +83,8 @@ def page() -> str:
     for door in DOORS:
         package = f"cme_reward{door}"
         lines += [f"## {package}", "", *markdown(ast.get_docstring(tree_of(package)) or "")]
-        for name, home in sorted(exported(package)):
-            for node in tree_of(home).body:
-                targets = [ast.unparse(t) for t in getattr(node, "targets", [])]
-                if getattr(node, "name", None) == name or name in targets:
-                    lines += [f"### {name}", "", f"`{home}`", "", *described(node)]
+        for name, home, node in public(package):
+            lines += [f"### {name}", "", f"`{home}`", "", *described(node)]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 

@@ -68,15 +68,21 @@ def signature(node: ast.AST, indent: str = "") -> Iterator[str]:
         yield f"{indent}{ast.unparse(node)}"
 
 
+def public(package: str) -> Iterator[tuple[str, str, ast.stmt]]:
+    """Names in a package's `__all__`, the modules that define them, and the definitions."""
+    for name, home in sorted(exported(package)):
+        for node in tree_of(home).body:
+            targets = [ast.unparse(t) for t in getattr(node, "targets", [])]
+            if getattr(node, "name", None) == name or name in targets:
+                yield name, home, node
+
+
 def lines() -> Iterator[str]:
     for door in DOORS:
         package = f"cme_reward{door}"
         yield f"# {package}"
-        for name, home in sorted(exported(package)):
-            for node in tree_of(home).body:
-                targets = [ast.unparse(t) for t in getattr(node, "targets", [])]
-                if getattr(node, "name", None) == name or name in targets:
-                    yield from signature(node)
+        for _, _, node in public(package):
+            yield from signature(node)
         yield ""
 
 

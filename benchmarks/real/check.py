@@ -54,10 +54,12 @@ CONDITIONS: dict[str, tuple[str, dict[str, Any], Candidate]] = {
         "cme", {"level": "sequence", "eos": "mask"}, Candidate(worst=1.0)),
 }  # fmt: skip
 """Name -> reward, settings of `CMEConfig`, and what is tried besides."""
-for shown in ("token", "sequence", "return", "return, policy baseline", "sequence, policy baseline",
-              "return, policy baseline, another question", "random"):  # fmt: skip
-    reward, config, candidate = CONDITIONS[shown]
-    CONDITIONS[f"{shown}, examples"] = reward, {**config, "examples": EXAMPLES}, candidate
+CONDITIONS |= {
+    f"{name}, examples": (reward, {**config, "examples": EXAMPLES}, candidate)
+    for name, (reward, config, candidate) in CONDITIONS.items()
+    if name in ("token", "sequence", "return", "return, policy baseline",
+                "sequence, policy baseline", "return, policy baseline, another question", "random")
+}  # fmt: skip
 
 
 def advantages_of(name: str, environment: ShortQuestions, policy: Any, tokenizer: Any,
