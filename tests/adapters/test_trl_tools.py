@@ -166,9 +166,8 @@ def test_two_turns_and_what_a_tool_said(llama: Any, policy: Any, tmp_path: Path)
                 asked.append(verifiers_own(messages, llama.decode(ids, skip_special_tokens=True)))
             rewards.append(of_row)
         assert [sum(row["sampled"]) < len(row["ids"]) for row in group].count(True) == 3
-        want = tiny.per_position(rewards)
-        worst = max(worst, tiny.worst_error(group, want))
-        assert max(abs(a) for row in want for a in row) > 0.5
+        worst = max(worst, tiny.worst_in_nats(group, rewards))
+        assert max(abs(a) for row in group for a in row["advantages"]) > 0.5
     assert worst <= 1e-5
     assert heard == {"Five.", 'One line\nand "another".', str({"error": "Tool shout not found."})}
     # The verifier's own chat template over exactly those messages, and nothing of Llama's.

@@ -268,6 +268,24 @@ def worst_error(rows: list[dict[str, Any]], expected: list[list[float]]) -> floa
     )
 
 
+def worst_in_nats(group: list[dict[str, Any]], rewards: list[list[float | None]]) -> float:
+    """Largest difference of `advantage * (std + eps)` from the reward less its mean.
+
+    What float32 leaves of a reward is a matter of nats. Where the rollouts of a position all but
+    agree (late ones, with two left), the division by their std makes any multiple of it.
+    """
+    worst, config = 0.0, CMEConfig()
+    for t in range(max(map(len, rewards))):
+        column = [row[t] if t < len(row) else None for row in rewards]
+        there = [value for value in column if value is not None]
+        divisor = (statistics.stdev(there) if len(there) > 1 else 0.0) + config.eps
+        differences = normalised(column, scale="none", eps=config.eps)
+        for row, wanted, of_row in zip(group, differences, rewards, strict=True):
+            if t < len(of_row):
+                worst = max(worst, abs(row["advantages"][t] * divisor - wanted))
+    return worst
+
+
 def text_length(text: str) -> int:
     """An "answer" on which untrained rollouts agree now and then."""
     return len(text) // 8
