@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,62 @@ def test_another_reward_is_one_option(
     ):
         with pytest.raises(ConfigError, match=message):
             script["reward_options"](script["options"](["--reward-set", wrong]))
+
+
+def test_responses_to_a_file_of_prompts(
+    policy_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Greedy ones are the model's own; what is there stays; other settings are refused."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as Python does for a program
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in tiny.QUESTIONS)
+    )
+    output = tmp_path / "out.jsonl"
+
+    def respond(*more: str) -> None:
+        given = ["--model", policy_folder, "--prompts", str(tmp_path / "prompts.jsonl")]
+        given += ["--output", str(output), "--response-tokens", "9", "--at-once", "3", *more]
+        monkeypatch.setattr(sys, "argv", ["respond.py", *given])
+        runpy.run_path(str(SCRIPT.with_name("respond.py")), run_name="__main__")
+
+    respond("--name", "tiny")
+    whole = output.read_text()
+    rows = {row["prompt"]: row for row in map(json.loads, whole.splitlines())}
+    assert sorted(rows) == sorted(tiny.QUESTIONS)
+    tokenizer, policy = tiny.tokenizer(), tiny.policy()
+    for question, row in rows.items():
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )["input_ids"]
+        with torch.no_grad():
+            for _ in range(9):  # one response by itself, without a cache or padding
+                following = policy(asked).logits[:, -1].argmax(-1, keepdim=True)
+                asked = torch.cat([asked, following], dim=1)
+        assert tokenizer.decode(asked[0, -9:], skip_special_tokens=True) == row["response"]
+        assert row["stopped"] is False
+        assert row["model"] == "tiny"
+
+    # A crash in the middle of a line costs that line.
+    lines = whole.splitlines(keepends=True)
+    output.write_text("".join(lines[:2]) + lines[2][:20])
+    respond("--name", "tiny")
+    assert output.read_text() == whole
+
+    with pytest.raises(SystemExit, match=r"'tiny', and this command 'other'; give another --out"):
+        respond("--name", "other")
+    assert output.read_text() == whole
+    with pytest.raises(SystemExit):
+        respond("--rollouts", "2")
+    assert "--temperature 1" in capsys.readouterr().err
+
+    output.unlink()
+    respond("--rollouts", "3", "--temperature", "1")
+    counted = Counter(json.loads(line)["prompt"] for line in output.read_text().splitlines())
+    assert counted == dict.fromkeys(tiny.QUESTIONS, 3)
+    assert len({json.loads(line)["response"] for line in output.read_text().splitlines()}) > 8
