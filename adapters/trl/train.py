@@ -74,6 +74,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     grpo("--kl", type=float, default=0.0, help="coefficient of the KL penalty")
     grpo("--loss", default="grpo", help="mean over tokens, then over responses (Eq. 2)")
     grpo("--level", choices=("token", "sequence"), default="token", help="where CME is given")
+    add("--samples", type=int, default=4, help="responses of a step kept for cme-reward report")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of CMEConfig")
     add(
         "--reward-set",
@@ -242,7 +243,14 @@ def main() -> None:
     model, tokenizer = load_policy(given.model)
     trainer = CMEGRPOTrainer(
         model,
-        cme_reward_func(given.verifier, tokenizer, config, reward=given.reward, **rewards),
+        cme_reward_func(
+            given.verifier,
+            tokenizer,
+            config,
+            reward=given.reward,
+            samples=given.samples,
+            **rewards,
+        ),
         args,
         for_policy(prompts, tokenizer, given.system_prompt),
         processing_class=tokenizer,

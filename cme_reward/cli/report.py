@@ -37,7 +37,7 @@ def report(
 
     Looked for: lengths, repetition and entropy that drift, a spread that vanishes, text the
     verifier did not score, a reward that is little but length. They compare the first tenth of a
-    run with the last.
+    run with the last. Samples that TRL's adapter kept (`samples=4`) are shown as heat maps.
 
     **Exit status**: 0 no sign of trouble, 1 some, 2 error.
 
@@ -48,13 +48,15 @@ def report(
         from cme_reward.cli.jsonl import whole_file
         from cme_reward.curves.page import render
         from cme_reward.curves.read import read_run
+        from cme_reward.curves.samples import read as read_samples
         from cme_reward.curves.signs import signs
 
         if not html.resolve().parent.is_dir():
             raise InputError(f"--html {html}: the directory {html.parent} does not exist")
         with busy(err, quiet, "Reading"):
-            runs = [read_run(path) for path in (run, other) if path is not None]
-            page = render(runs)
+            paths = [path for path in (run, other) if path is not None]
+            runs = [read_run(path) for path in paths]
+            page = render(runs, [read_samples(path) for path in paths])
         with whole_file(html) as stream:
             stream.write(page.encode())
         found = [(one.name, sign) for one in runs for sign in signs(one)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cme_reward.cli.jsonl import Bad, Good, whole_file
-from cme_reward.conversation.messages import Message, as_messages
+from cme_reward.conversation.messages import as_text
 from cme_reward.errors import InputError
 
 if TYPE_CHECKING:
@@ -117,25 +117,17 @@ def rounded(value: float) -> float:
 def as_view(scored: Scored, scorer: CrossModelEntropy) -> ResponseView:
     from cme_reward.heatmap.render import ResponseView, TokenView
 
-    prompt = scored.row.prompt
-    if not isinstance(prompt, str):
-        prompt = "\n\n".join(f"{m['role']}: {_said(m)}" for m in as_messages(prompt))
     name = scored.row.fields.get("id")
     ids, logprobs = scored.verifier_tokens
     texts = scorer.members[0].table.tokens(ids)
     return ResponseView(
-        prompt=prompt,
+        prompt=as_text(scored.row.prompt),
         label=str(name) if isinstance(name, str | int) else f"line {scored.row.line}",
         sequence_reward=scored.sequence_reward,
         generator=TokenView(scored.tokens, scored.token_logprobs, scored.mask),
         verifier=TokenView(texts, logprobs.tolist(), [True] * len(texts)),
         dropped_nats=scored.dropped_nats,
     )
-
-
-def _said(message: Message) -> str:
-    calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
-    return "\n".join(part for part in (message["content"], *calls) if part)
 
 
 def write_html(

@@ -40,6 +40,22 @@ def as_messages(prompt: Prompt) -> list[Message]:
     return messages
 
 
+def as_text(prompt: Prompt) -> str:
+    """A prompt for people to read: roles and contents, calls as JSON; a string is itself.
+
+    Raises:
+        InputError: as `as_messages`.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    shown = []
+    for message in as_messages(prompt):
+        calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
+        said = "\n".join(part for part in (message["content"], *calls) if part)
+        shown.append(f"{message['role']}: {said}")
+    return "\n\n".join(shown)
+
+
 def plain_messages(messages: Sequence[Mapping[str, Any]], where: str) -> list[Message]:
     """Messages as `as_messages` gives them, without fields that templates do not read.
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cme_reward.curves.read import Run, Series
+from cme_reward.curves.samples import Sample, shown
 from cme_reward.curves.signs import ENTROPY, LENGTH, ends, signs
-from cme_reward.heatmap.pages import template, theme
+from cme_reward.heatmap.pages import document, template
+from cme_reward.heatmap.render import render_html
 from cme_reward.metrics import METRICS
 
 WIDTH, HEIGHT = 300, 110
@@ -42,23 +44,38 @@ class Chart:
     """The last step."""
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Run], samples: Sequence[Sequence[Sample]] = ()) -> str:
     """The page, which needs no network: signs first, metrics of CME and of the policy's health,
-    then all others."""
+    all others, and heat maps of each run's samples, where there are any."""
     names = sorted({name for run in runs for name in run.series})
     ours = [name for name in names if _of_interest(name)]
-    page = template("cme_reward.curves", short=_short, whole="{:,.0f}".format)
-    return page.render(
-        theme=theme(),
+    title = " and ".join(run.name for run in runs)
+    views = shown(_told_apart(runs, samples))
+    found = template("cme_reward.curves", short=_short, whole="{:,.0f}".format).render(
         runs=[
             (run.name, signs(run), max(s.steps[-1] for s in run.series.values())) for run in runs
         ],
-        title=" and ".join(run.name for run in runs),
         ours=[chart(name, runs) for name in ours],
         others=[chart(name, runs) for name in names if name not in ours],
         width=WIDTH,
         height=HEIGHT,
+        samples=bool(views),
     )
+    if not views:
+        return document(title, found)
+    return render_html(views, title=title, above=found, in_order=True)
+
+
+def _told_apart(runs: Sequence[Run], samples: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """All samples, by steps; of two runs with the run's name."""
+    named = [
+        replace(one, view=replace(one.view, label=f"{run.name}, {one.view.label}"))
+        if len(runs) > 1
+        else one
+        for run, those in zip(runs, samples, strict=False)
+        for one in those
+    ]
+    return sorted(named, key=lambda one: one.step)
 
 
 def chart(name: str, runs: Sequence[Run]) -> Chart:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cme_reward.curves.samples import FILE as SAMPLES
 from cme_reward.errors import InputError
 
 STEPS = ("step", "global_step", "training/global_step", "_step")
@@ -106,7 +107,7 @@ def _of_folder(path: Path) -> Iterable[Mapping[str, Any]]:
         return _of_file(max(states, key=lambda file: file.stat().st_mtime))
     if any(path.rglob("*tfevents*")):
         return _of_events(path)
-    logs = sorted(path.glob("*.jsonl"))
+    logs = sorted(file for file in path.glob("*.jsonl") if file.name != SAMPLES)
     if len(logs) == 1:
         return _of_file(logs[0])
     raise InputError(

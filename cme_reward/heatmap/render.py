@@ -114,13 +114,15 @@ def render_html(
     responses: Sequence[ResponseView],
     *,
     title: str,
-    verifier_name: str,
-    generator_name: str,
+    verifier_name: str = "",
+    generator_name: str = "",
     above: str = "",
+    in_order: bool = False,
 ) -> str:
     """The heat map as one HTML page that needs no network, for light and dark screens.
 
-    Responses to one prompt stand side by side, highest sequence reward first. Where any response
+    Responses to one prompt stand side by side, highest sequence reward first, or `in_order` as
+    they come. Names that are not given are not shown. Where any response
     has verifier tokens, a switch turns the whole page from one tokenisation to the other. All
     text is escaped, and a content security policy allows no script but the page's own. Without
     responses the page says so. `above` is HTML that stands before them as it is, escaped by who
@@ -133,7 +135,7 @@ def render_html(
         verifier_name=verifier_name,
         generator_name=generator_name,
         above=above,
-        prompts=_prompts(responses),
+        prompts=_prompts(responses, in_order),
         has_verifier=any(response.verifier for response in responses),
         # A log-prob is never above 0: then a baseline was subtracted, and exp() is no probability.
         is_ratio=any(
@@ -224,13 +226,14 @@ class _Prompt:
     is_open: bool
 
 
-def _prompts(responses: Sequence[ResponseView]) -> list[_Prompt]:
+def _prompts(responses: Sequence[ResponseView], in_order: bool) -> list[_Prompt]:
     by_prompt: dict[str, list[ResponseView]] = {}
     for response in responses:
         by_prompt.setdefault(response.prompt, []).append(response)
     prompts, used = [], 0
     for number, (text, group) in enumerate(by_prompt.items(), 1):
-        group.sort(key=lambda response: -response.sequence_reward)
+        if not in_order:
+            group.sort(key=lambda response: -response.sequence_reward)
         used += sum(map(_size, group))
         is_open = number == 1 or (number <= OPEN_PROMPTS and used <= OPEN_TOKENS)
         prompts.append(_Prompt(text, len(group), _parts(group), is_open))

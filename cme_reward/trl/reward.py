@@ -29,6 +29,7 @@ def cme_reward_func(
     *,
     eos_token_ids: Iterable[int] = (),
     reward: str = "cme",
+    samples: int = 0,
     **options: Any,
 ) -> RewardFunction:
     """Cross-model entropy as an entry of TRL's `reward_funcs`, or a reward to compare it with.
@@ -41,6 +42,8 @@ def cme_reward_func(
             with the stock `GRPOTrainer` too.
         eos_token_ids: see `CrossModelEntropy`. `CMEGRPOTrainer` adds the ids at which TRL stops.
         reward: a name in `cme_reward.comparators.REWARDS`; TRL logs under it.
+        samples: how many responses of a step `CMEGRPOTrainer` keeps in its output folder, for the
+            heat maps of `cme-reward report`: of every step at first, then of ever fewer.
         options: those of the reward, see `load_reward`.
     """
     rank = os.environ.get("LOCAL_RANK")
@@ -54,7 +57,7 @@ def cme_reward_func(
         device=f"cuda:{rank}" if own_gpu else None,
         **options,
     )
-    return RewardFunction(scorer, name=reward)
+    return RewardFunction(scorer, name=reward, samples=samples)
 
 
 class RewardFunction:
@@ -67,13 +70,17 @@ class RewardFunction:
         scorer: called with `(prompts, response_ids, response_masks, policy_logprobs)`, returns a
             `CMEBatch`; has a `CMEConfig` as `config`. Or a `Comparator`.
         name: under which TRL logs the reward.
+        samples: see `cme_reward_func`.
     """
 
-    def __init__(self, scorer: Any, name: str = "cme") -> None:
+    def __init__(self, scorer: Any, name: str = "cme", samples: int = 0) -> None:
+        if samples < 0:
+            raise ConfigError(f"samples is {samples}; expected how many responses to keep, or 0")
         # Models pad their vocabulary, and a run should not end when an id from there is drawn.
         known = getattr(scorer, "for_generator", None)
         self.scorer = scorer if known is None else known(padded_vocabulary=True)
         self.__name__ = name
+        self.samples = samples
 
     def __call__(
         self,
@@ -107,6 +114,11 @@ class RewardFunction:
                 f"the reward {self.__name__!r} is made of the policy's next-token distributions, "
                 "which the stock GRPOTrainer does not hand to reward functions; train with "
                 "cme_reward.trl.CMEGRPOTrainer"
+            )
+        if self.samples:
+            raise ConfigError(
+                f"samples={self.samples} needs CMEGRPOTrainer: the stock GRPOTrainer tells reward "
+                "functions neither the output folder nor the step; leave samples at 0"
             )
         if response_mask is None and any(map(_has_other_roles, completions)):
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from cme_reward.advantages import group_advantages, returns_to_go
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators import PolicyStatistics, needed_statistics, policy_statistics
+from cme_reward.curves.samples import is_due, keep
 from cme_reward.errors import ConfigError, InputError
 from cme_reward.trl.checks import check_settings, check_tokenizer
 from cme_reward.trl.reward import RewardFunction, score
@@ -52,7 +54,8 @@ class CMEGRPOTrainer(GRPOTrainer):
         super().__init__(model, funcs, args, *rest, **kwargs)
         check_settings(self.args, entry.scorer.config, others=len(self.reward_funcs) > 1)
         check_tokenizer(self.processing_class, entry.scorer)
-        self._cme = entry.scorer
+        self._cme, self._cme_samples = entry.scorer, entry.samples
+        self._cme_sampled: tuple[str, int] | None = None
         if hasattr(self._cme, "for_generator"):
             # TRL puts a template of its own in the place of one that changes what it has written.
             given: Any = self.chat_template_kwargs
@@ -83,6 +86,7 @@ class CMEGRPOTrainer(GRPOTrainer):
         needs = needed_statistics(self._cme)
         statistics = self._policy_statistics(needs, out, ids) if needs else None
         batch = score(self._cme, prompts, ids, masks, statistics)
+        self._keep_samples(prompts, ids, batch)
         cme_BT = self._cme_advantages(batch, loss_mask_BT)
 
         weights = self.reward_weights.to(cme_BT)
@@ -147,6 +151,15 @@ class CMEGRPOTrainer(GRPOTrainer):
         )
         first = self.accelerator.process_index * n
         return advantages[first : first + n, :width] * loss_mask_BT
+
+    def _keep_samples(self, prompts: list[Any], ids: list[list[int]], batch: CMEBatch) -> None:
+        """Of the first batch of a step, and of the first of every evaluation."""
+        mode, step = self._mode()[0], int(self.state.global_step)
+        first, self._cme_sampled = self._cme_sampled != (mode, step), (mode, step)
+        due = first and (mode == "eval" or is_due(step))
+        if self._cme_samples and due and self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir or ".")
+            keep(folder, step, prompts, ids, batch, self._cme, self._cme_samples)
 
     def _mode(self) -> tuple[str, int]:
         """What TRL calls the mode, and how many rollouts a prompt has in it."""
