@@ -127,10 +127,10 @@ def test_a_training_keeps_them(tmp_path: Path) -> None:
         ]
         (ids,) = [ids for ids in firsts if table.tokens(ids) == row["tokens"]]
         naive, sequence = tiny.naive_rewards(row["prompt"][0]["content"], ids)
-        assert row["sequence_reward"] == pytest.approx(sequence, abs=1e-5)
+        assert row["sequence_reward"] == pytest.approx(sequence, abs=1e-4)
         assert row["mask"] == [value is not None for value in naive]
         for got, wanted in zip(row["token_logprobs"], naive, strict=True):
-            assert wanted is None or got == pytest.approx(wanted, rel=2e-6, abs=1e-5)
+            assert wanted is None or got == pytest.approx(wanted, abs=1e-4)
     kept = read(tmp_path)
     evaluated = [one.view.prompt for one in kept if one.step in (2, 4)]
     assert len(set(evaluated)) < len(evaluated)  # an evaluation comes back to its prompts
