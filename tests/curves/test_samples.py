@@ -125,7 +125,7 @@ def test_a_training_keeps_them(tmp_path: Path) -> None:
             for call in sampled
             if row["prompt"] in call[0]
         ]
-        (ids,) = [ids for ids in firsts if table.tokens(ids) == row["tokens"]]
+        ids = next(ids for ids in firsts if table.tokens(ids) == row["tokens"])
         naive, sequence = tiny.naive_rewards(row["prompt"][0]["content"], ids)
         assert row["sequence_reward"] == pytest.approx(sequence, abs=1e-4)
         assert row["mask"] == [value is not None for value in naive]
