@@ -10,7 +10,7 @@ import json
 import random
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,20 @@ class ShortQuestions:
         questions: those to train on and those kept apart.
         seed: of their order.
         tokens: most tokens of an answer.
+        examples: prompts with responses that the policy reads in front of every question.
     """
 
     def __init__(
-        self, tokenizer: Any, questions: Sequence[Question], seed: int, tokens: int = 20
+        self,
+        tokenizer: Any,
+        questions: Sequence[Question],
+        seed: int,
+        tokens: int = 20,
+        examples: Sequence[Mapping[str, str]] = (),
     ) -> None:
+        self._before = "".join(
+            f"{ASKED.format(prompt=one['prompt'])} {one['response']}\n\n" for one in examples
+        )
         self.questions = list(questions)
         self._by_prompt = {question.prompt: question for question in questions}
         self._tokenizer, self._tokens = tokenizer, tokens
@@ -89,7 +98,9 @@ class ShortQuestions:
         return asked
 
     def encode(self, prompts: Sequence[str]) -> Ids:
-        return self._tokenizer([ASKED.format(prompt=p) for p in prompts])["input_ids"]
+        return self._tokenizer([self._before + ASKED.format(prompt=p) for p in prompts])[
+            "input_ids"
+        ]
 
     def sample(self, policy: Any, prompt_ids: Ids, draws: torch.Generator | None) -> Ids:
         """The end of an answer's line, which is no special token, is given as EOS.

