@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_a_policy_reads_the_examples_in_front_of_every_question() -> None:
 
 def test_whole_responses_are_read_with_their_end() -> None:
     """Against one plain pass of the verifier over prompt, response and end of turn."""
-    verifier = load_verifier("embedded", device="cpu")
+    verifier: Any = load_verifier("embedded", device="cpu")
     config = CMEConfig(system_prompt="Be brief.")
     got = form.whole(verifier, config, ["", "Rome"])
     for text, nats in zip(("", "Rome"), got, strict=True):

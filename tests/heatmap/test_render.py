@@ -25,7 +25,7 @@ from cme_reward.heatmap.render import (
     render_html,
 )
 
-NAMES = {"title": "Demo", "verifier_name": "reader", "generator_name": "writer"}
+NAMES: dict[str, Any] = {"title": "Demo", "verifier_name": "reader", "generator_name": "writer"}
 
 
 class Page(HTMLParser):
