@@ -177,7 +177,7 @@ def test_user_text_is_inert(monkeypatch, is_open):
         monkeypatch.setattr(render, "OPEN_PROMPTS", 0)
     tokens = view((EVIL, -1.0), ("</script>", -9.0), ("<script>", 0.0, False))
     first, shown = response(view(("a", 0.0))), response(tokens, tokens, prompt=EVIL, label=EVIL)
-    names = {"title": EVIL, "verifier_name": EVIL, "generator_name": EVIL}
+    names: dict[str, Any] = {"title": EVIL, "verifier_name": EVIL, "generator_name": EVIL}
     page = Page(render_html([first, shown], **names))
     assert page.count("img") == 0
     assert page.count("script") == (1 if is_open else 2)
