@@ -217,6 +217,7 @@ def test_responses_to_a_file_of_prompts(
     rows = {row["prompt"]: row for row in map(json.loads, whole.splitlines())}
     assert sorted(rows) == sorted(tiny.QUESTIONS)
     tokenizer, policy = tiny.tokenizer(), tiny.policy()
+    greedy_of: dict[str, list[int]] = {}
     for question, row in rows.items():
         asked = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}],
@@ -231,6 +232,21 @@ def test_responses_to_a_file_of_prompts(
         assert tokenizer.decode(asked[0, -9:], skip_special_tokens=True) == row["response"]
         assert row["stopped"] is False
         assert row["model"] == "tiny"
+        greedy_of[question] = asked[0, -9:].tolist()
+
+    # Had its third token been an end, the policy would have stopped there.
+    question = tiny.QUESTIONS[0]
+    greedy = greedy_of[question]
+    ends: Any = tiny.policy()
+    ends.generation_config.eos_token_id = [tiny.EOS, greedy[2]]
+    ends.save_pretrained(tmp_path / "ends")
+    tokenizer.save_pretrained(tmp_path / "ends")
+    respond("--model", str(tmp_path / "ends"), "--output", str(tmp_path / "ended.jsonl"))
+    ended = [json.loads(line) for line in (tmp_path / "ended.jsonl").read_text().splitlines()]
+    (row,) = [row for row in ended if row["prompt"] == question]
+    upto = greedy[: greedy.index(greedy[2]) + 1]
+    assert row["stopped"] is True
+    assert row["response"] == tokenizer.decode(upto, skip_special_tokens=True)
 
     # A crash in the middle of a line costs that line.
     lines = whole.splitlines(keepends=True)
