@@ -17,7 +17,7 @@ from cme_reward.evaluation.results import (
     Outcome,
     Result,
 )
-from cme_reward.heatmap.pages import template, theme
+from cme_reward.heatmap.pages import template
 
 EXTRAPOLATED = (
     "* Nearly all responses are longer, or nearly all shorter, than the baseline's: the rate at "
@@ -70,7 +70,6 @@ def render(
     page = template("cme_reward.evaluation", said=_said)
     heads, rows = table(results)
     return page.render(
-        theme=theme(),
         title=f"Against {results[0].baseline}",
         judges=list(dict.fromkeys(one.judge for one in results)),
         note=EXTRAPOLATED if any(one.extrapolated for one in results) else "",

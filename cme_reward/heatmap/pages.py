@@ -10,19 +10,11 @@ import jinja2
 
 
 def template(package: str, **filters: Callable[..., object]) -> jinja2.Template:
-    """`page.html` of a package. All that is put into it is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    """`page.html` of a package, which may extend `document.html`. All that is put into it is
+    escaped."""
+    environment = _environment()
     environment.filters |= filters
-    page = files(package).joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(page)
-
-
-@cache
-def theme() -> str:
-    """Colours, letters and measure of every page, as CSS."""
-    return files("cme_reward.heatmap").joinpath("theme.css").read_text(encoding="utf-8")
+    return environment.from_string(_read(package, "page.html"))
 
 
 def document(title: str, body: str) -> str:
@@ -32,6 +24,21 @@ def document(title: str, body: str) -> str:
         title: as text; it is escaped.
         body: HTML, put in as it is; whoever made it has escaped what is in it.
     """
-    page = files("cme_reward.heatmap").joinpath("document.html").read_text(encoding="utf-8")
-    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(page)
-    return made.render(title=title, body=body, theme=theme())
+    return _environment().get_template("document.html").render(title=title, body=body)
+
+
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: _read("cme_reward.heatmap", name)),
+    )
+    made.globals["theme"] = lambda: _read("cme_reward.heatmap", "theme.css")
+    return made
+
+
+@cache
+def _read(package: str, name: str) -> str:
+    return files(package).joinpath(name).read_text(encoding="utf-8")

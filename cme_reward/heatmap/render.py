@@ -23,7 +23,7 @@ from cme_reward.heatmap.glyphs import (
     segments,
     with_characters,
 )
-from cme_reward.heatmap.pages import template, theme
+from cme_reward.heatmap.pages import template
 
 if TYPE_CHECKING:
     import jinja2
@@ -130,7 +130,6 @@ def render_html(
     """
     views = [v for r in responses for v in (r.generator, r.verifier) if v is not None]
     return _template().render(
-        theme=theme(),
         title=title,
         verifier_name=verifier_name,
         generator_name=generator_name,
