@@ -58,7 +58,10 @@ def already(file: Path, settings: dict[str, Any]) -> Counter[str]:
     whole = kept[: kept.rfind(b"\n") + 1]
     there: Counter[str] = Counter()
     for n, line in enumerate(whole.splitlines(), 1):
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{file}, line {n}, is not JSON: {error}") from None
         for key, value in settings.items():
             if row.get(key) != value:
                 raise InputError(

@@ -99,7 +99,10 @@ def prompts_of(given: argparse.Namespace) -> list[Prompt]:
     if path.suffix == ".jsonl":
         found = []
         for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            row = json.loads(line) if line.strip() else None
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError as error:
+                raise InputError(f"{path}, line {n}, is not JSON: {error}") from None
             prompt = None if row is None else row.get("prompt", row.get("messages"))
             if row is not None and not (isinstance(prompt, str | list) and prompt):
                 raise InputError(f"{path}, line {n}: expected `prompt` or `messages`, got {row!r}")
@@ -237,9 +240,9 @@ def main() -> None:
     try:
         config = configuration(None, [f"level={given.level}", *given.set])
         args, rewards = grpo_config(given), reward_options(given)
-    except ConfigError as error:
+        prompts = prompts_of(given)
+    except (ConfigError, InputError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
-    prompts = prompts_of(given)
     model, tokenizer = load_policy(given.model)
     trainer = CMEGRPOTrainer(
         model,

@@ -95,6 +95,10 @@ def test_a_wrong_setting_ends_it_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--trl", "save_steps=often"])
     with pytest.raises(SystemExit, match=r"^train\.py: --trl save_steps='often' cannot be read"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
+    given = ["--prompts", "nowhere.jsonl", "--precision", "fp32"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
+    with pytest.raises(SystemExit, match=r"^train\.py: .*No such file.*nowhere\.jsonl"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def test_an_update_is_divided_evenly(
@@ -123,6 +127,9 @@ def test_prompts_of_a_file(script: dict[str, Any], tmp_path: Path) -> None:
         script["for_policy"](found, bare, None)
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(InputError, match="line 2: expected `prompt`"):
+        script["prompts_of"](script["options"](["--prompts", str(path)]))
+    path.write_text('{"prompt": "a"}\n{"prompt"\n')
+    with pytest.raises(InputError, match=r"prompts\.jsonl, line 2, is not JSON"):
         script["prompts_of"](script["options"](["--prompts", str(path)]))
 
 
@@ -257,6 +264,10 @@ def test_responses_to_a_file_of_prompts(
     with pytest.raises(SystemExit, match=r"'tiny', and this command 'other'; give another --out"):
         respond("--name", "other")
     assert output.read_text() == whole
+    with pytest.raises(
+        SystemExit, match=r"^respond\.py: .*test_trl_script\.py, line 1, is not JSON"
+    ):
+        respond("--output", __file__)
     with pytest.raises(SystemExit):
         respond("--rollouts", "2")
     assert "--temperature 1" in capsys.readouterr().err
