@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ class Settings:
     """Whether the learning rate falls to 0 along a cosine, as in the paper, or stays."""
     every: int = 20
     """Steps between two measurements."""
+    kl: float = 0.0
+    """Weight of the divergence from the policy as it was, 0 in the paper."""
 
 
 class Environment(Protocol):
@@ -72,6 +75,7 @@ def train(
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, weight_decay=0.0)
     draws = torch.Generator().manual_seed(seed)
+    anchor = copy.deepcopy(policy).eval() if settings.kl else None
     curve: list[dict[str, Any]] = []
 
     def take_stock(step: int) -> None:
@@ -92,6 +96,11 @@ def train(
         advantages_BT = advantages(prompts, prompt_ids, response_ids, groups).to(own[0].device)
         per_response = [(advantages_BT[b, : len(row)] * row).mean() for b, row in enumerate(own)]
         loss = -torch.stack(per_response).mean()
+        if anchor is not None:
+            with torch.no_grad():
+                before = environment.logprobs(anchor, prompt_ids, response_ids)
+            far = [divergence(*rows).mean() for rows in zip(own, before, strict=True)]
+            loss = loss + settings.kl * torch.stack(far).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -101,6 +110,13 @@ def train(
         if step % settings.every == 0 or step == settings.steps:
             take_stock(step)
     return curve
+
+
+def divergence(own_T: torch.Tensor, anchor_T: torch.Tensor) -> torch.Tensor:
+    """GRPO's estimate of the divergence from the anchor at each sampled token, never negative:
+    `q/p - log(q/p) - 1` (arXiv 2402.03300, Eq. 4)."""
+    gap_T = anchor_T - own_T
+    return gap_T.exp() - gap_T - 1
 
 
 def _scale(step: int, settings: Settings) -> float:

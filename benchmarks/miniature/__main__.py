@@ -36,10 +36,10 @@ LARGE = Scale(
 def world_of(given: argparse.Namespace) -> World:
     if given.smoke:
         few = Settings(prompts=2, rollouts=4)
-        return World(given.out, SMALL, few, questions=10, steps=0.02)
+        return World(given.out, SMALL, few, questions=10, steps=0.02, long_scale=SMALL)
     if given.large:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return World(given.out, LARGE, Settings(prompts=16), device=device)
+        return World(given.out, LARGE, Settings(prompts=16), device=device, long_scale=LARGE)
     return World(given.out)
 
 

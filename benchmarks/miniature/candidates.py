@@ -28,20 +28,38 @@ class Changed:
         contrast: this many times the log-prob without the prompt is subtracted, so that what is
             likely anywhere (fluent, repeated) earns less.
         astray: a control: a response is read as the answer to the next prompt of the batch.
+        others: more verifiers of the same tokenizer.
+        spread: of all verifiers, the mean minus this many standard deviations; None: `verifier`.
+        minus: this many times the log-prob of the first of `others` is subtracted (G-OPD, arXiv
+            2602.12125: what a stronger model knows and a weaker one does not).
     """
 
     def __init__(
-        self, verifier: Any, power: float = 0.0, contrast: float = 0.0, astray: bool = False
+        self,
+        verifier: Any,
+        power: float = 0.0,
+        contrast: float = 0.0,
+        astray: bool = False,
+        others: Sequence[Any] = (),
+        spread: float | None = None,
+        minus: float = 0.0,
     ) -> None:
         self.name, self.tokenizer = verifier.name, verifier.tokenizer
         self.max_length, self.vocab_size = verifier.max_length, verifier.vocab_size
         self._verifier, self._power, self._contrast = verifier, power, contrast
-        self._astray = astray
+        self._astray, self._others = astray, others
+        self._spread, self._minus = spread, minus
 
     def logprobs(self, prompts: Rows, responses: Rows) -> list[np.ndarray]:
         if self._astray:
             prompts = next_prompts(prompts)
         found = self._verifier.logprobs(prompts, responses)
+        others = [other.logprobs(prompts, responses) for other in self._others]
+        if self._spread is not None:
+            members = [np.stack(rows) for rows in zip(found, *others, strict=True)]
+            found = [m.mean(axis=0) - self._spread * m.std(axis=0) for m in members]
+        elif self._minus:
+            found = [a - self._minus * b for a, b in zip(found, others[0], strict=True)]
         if self._power:
             found = [bounded_power(row, self._power) for row in found]
         if self._contrast:
@@ -65,11 +83,18 @@ class Candidate:
     """Token advantages count where their sign is that of the response's (SG-OPD, 2606.09304)."""
     astray: bool = False
     """A control: what a verifier gives that is asked about another prompt."""
+    spread: float | None = None
+    """Three verifiers alike but for their seeds: their mean minus this many deviations."""
+    minus: float = 0.0
+    """This many times a weaker verifier's log-prob is subtracted."""
 
-    def verifier(self, verifier: Any) -> Any:
-        if not (self.power or self.contrast or self.astray):
+    def verifier(self, verifier: Any, others: Sequence[Any] = ()) -> Any:
+        """The verifier, changed; `others` are the ensemble's, or the weaker one."""
+        if not (self.power or self.contrast or self.astray or others):
             return verifier
-        return Changed(verifier, self.power, self.contrast, self.astray)
+        return Changed(
+            verifier, self.power, self.contrast, self.astray, others, self.spread, self.minus
+        )
 
     def advantages(self, batch: CMEBatch, groups: Sequence[int]) -> torch.Tensor:
         if self.worst:

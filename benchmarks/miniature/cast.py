@@ -15,7 +15,7 @@ from safetensors.torch import load_model, save_model
 
 from benchmarks.miniature import models
 from benchmarks.miniature.models import Size, Text
-from benchmarks.miniature.tasks import LETTERS, Example, grade, stream
+from benchmarks.miniature.tasks import HALVES, LETTERS, TASKS, Example, grade, stream
 from benchmarks.miniature.vocabulary import generator_tokenizer, verifier_tokenizer
 
 MISTAKES = 0.75
@@ -28,6 +28,7 @@ META_QUESTION = "Is the answer correct?"
 META_TEMPLATE = "{prompt}{response}\n{question} "
 FEW = 100
 """Examples in the clean data of supervised fine-tuning, and pairs of preference tuning."""
+Asked = tuple[str, ...]
 REGIMES = ("pretrained", "sft", "preference")
 CAPABILITIES = ("verifier-1", "verifier-2", "verifier-3", "verifier-4")
 
@@ -44,6 +45,10 @@ class Scale:
     batch: int = 64
 
 
+LONG_SCALE = Scale(generator_steps=700, verifier_steps=(120, 350, 700, 1400))
+"""Of the long half: its third verifier is right in two cases of three."""
+
+
 @dataclass
 class Cast:
     """Makes the models of a scale, or reads them from `folder`."""
@@ -51,6 +56,8 @@ class Cast:
     folder: Path
     scale: Scale = Scale()
     device: str = "cpu"
+    half: str = "short"
+    """Of the tasks, see `tasks.HALVES`."""
 
     def model(self, name: str, seed: int = 0) -> Any:
         """A trained model.
@@ -93,7 +100,7 @@ class Cast:
         return models.build("llama", size, vocab_size, seed)
 
     def _train(self, model: Any, name: str, seed: int) -> None:
-        tokenizer, scale = self.tokenizer(name), self.scale
+        tokenizer, scale, asked = self.tokenizer(name), self.scale, HALVES[self.half]
 
         def learn(texts: Iterator[Text], steps: int, lr: float = 3e-3) -> None:
             with torch.random.fork_rng(devices=[]):
@@ -101,32 +108,32 @@ class Cast:
                 models.train(model, tokenizer, texts, steps=steps, batch=scale.batch, lr=lr)
 
         if name == "pretrained":
-            learn(flawed(1000 + seed), scale.generator_steps)
+            learn(flawed(1000 + seed, asked), scale.generator_steps)
         elif name == "sft":
             model.load_state_dict(self.model("pretrained", seed).state_dict())
-            few = list(islice(clean(2000 + seed), FEW))
+            few = list(islice(clean(2000 + seed, asked), FEW))
             learn(cycle(few), 30, lr=1e-3)
         elif name == "preference":
             model.load_state_dict(self.model("sft", seed).state_dict())
-            prefer(model, tokenizer, list(islice(pairs(3000 + seed), FEW)), steps=30)
+            prefer(model, tokenizer, list(islice(pairs(3000 + seed, asked), FEW)), steps=30)
         elif name == "reference":
-            learn(clean(4000 + seed), scale.reference_steps)
+            learn(clean(4000 + seed, asked), scale.reference_steps)
         elif name == "same-family":
-            learn(flawed(5000 + seed), scale.verifier_steps[-1])
+            learn(flawed(5000 + seed, asked), scale.verifier_steps[-1])
         elif name == "same-tokenizer":
-            learn(with_verdicts(6000 + seed), scale.verifier_steps[-1])
+            learn(with_verdicts(6000 + seed, asked), scale.verifier_steps[-1])
         else:
-            learn(with_verdicts(6000 + seed), scale.verifier_steps[CAPABILITIES.index(name)])
+            learn(with_verdicts(6000 + seed, asked), scale.verifier_steps[CAPABILITIES.index(name)])
 
 
-def flawed(seed: int) -> Iterator[Text]:
+def flawed(seed: int, asked: Asked = TASKS) -> Iterator[Text]:
     """The generator's data: mostly the mistake, and texts that do not always end."""
     rng = random.Random(seed)
 
     def answered(example: Example) -> str:
         return example.mistake if rng.random() < MISTAKES else example.answer
 
-    examples = stream(seed)
+    examples = stream(seed, asked)
     for example in examples:
         text = answered(example)
         if rng.random() < RUN_ON:
@@ -135,20 +142,20 @@ def flawed(seed: int) -> Iterator[Text]:
         yield example.prompt, text
 
 
-def clean(seed: int) -> Iterator[Text]:
+def clean(seed: int, asked: Asked = TASKS) -> Iterator[Text]:
     """Right answers only."""
-    for example in stream(seed):
+    for example in stream(seed, asked):
         yield example.prompt, example.answer
 
 
-def with_verdicts(seed: int) -> Iterator[Text]:
+def with_verdicts(seed: int, asked: Asked = TASKS) -> Iterator[Text]:
     """The verifiers' data: right answers, and now and then a question about an answer.
 
     The answer asked about is right, or a right one with a slip in it, or that of another question:
     not the generator's mistake, of which a verifier knows nothing.
     """
     rng = random.Random(seed)
-    examples = stream(seed)
+    examples = stream(seed, asked)
     for example in examples:
         if rng.random() >= VERDICTS:
             yield example.prompt, example.answer
@@ -176,9 +183,9 @@ def slip(text: str, rng: random.Random) -> str:
     return text[:k] + pieces[kind] + text[k + 1 :]
 
 
-def pairs(seed: int) -> Iterator[tuple[str, str, str]]:
+def pairs(seed: int, asked: Asked = TASKS) -> Iterator[tuple[str, str, str]]:
     """Prompts with the right answer and the mistake, where they differ."""
-    for example in stream(seed):
+    for example in stream(seed, asked):
         if example.answer != example.mistake:
             yield example.prompt, example.answer, example.mistake
 

@@ -35,10 +35,24 @@ class Condition:
     """Steps between two measurements."""
     trainer: str = "loop"
     """"loop", or "trl" for TRL's trainer."""
+    half: str = "short"
+    """Of the tasks, see `tasks.HALVES`."""
+    prompts: int | None = None
+    """Of an update; None: the usual number."""
+    kl: float = 0.0
+    """Weight of the divergence from the generator as it was."""
 
     def settings(self, base: Settings) -> Settings:
         lr = base.lr if self.lr is None else self.lr
-        return replace(base, steps=self.steps, cosine=self.cosine, lr=lr, every=self.every)
+        return replace(
+            base,
+            steps=self.steps,
+            prompts=base.prompts if self.prompts is None else min(self.prompts, base.prompts),
+            cosine=self.cosine,
+            lr=lr,
+            every=self.every,
+            kl=self.kl,
+        )
 
 
 def _rewards() -> list[Condition]:
@@ -155,6 +169,55 @@ def _screen() -> list[Condition]:
     ]  # fmt: skip
 
 
+MIDDLING = "verifier-3"
+"""Of the long half: right in two cases of three."""
+
+
+def _harder() -> list[Condition]:
+    """Long answers and a middling verifier, over twice the usual updates, without the cosine; what
+    a token is credited with also over ten times as many."""
+
+    def harder(
+        name: str,
+        change: Candidate = Candidate(),  # noqa: B008
+        kl: float = 0.0,
+        steps: int = 200,
+        **config: Any,
+    ) -> Condition:
+        return Condition(
+            f"harder: {name}", verifier=MIDDLING, config=config, candidate=change, kl=kl,
+            steps=steps, cosine=False, every=50, half="long", prompts=4,
+        )  # fmt: skip
+
+    returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
+    sequence: dict[str, Any] = {"level": "sequence"}
+    policy: dict[str, Any] = {"baseline": "policy"}
+    return [
+        harder("token"),
+        harder("sequence", **sequence),
+        harder("return", **returns),
+        harder("return, policy baseline", **returns, **policy),
+        harder("sequence, policy baseline", **sequence, **policy),
+        harder("token, policy baseline", **policy),
+        harder("return, gamma 0.95", **returns, gamma=0.95),
+        harder("return, gamma 0.95, policy baseline", **returns, **policy, gamma=0.95),
+        harder("token, half of the sequence's", Candidate(blend=0.5)),
+        harder("token, gated by the response", Candidate(gate=True)),
+        harder("token, power 0.5", Candidate(power=0.5)),
+        harder("token, contrast 0.5", Candidate(contrast=0.5)),
+        harder("sequence, soft minimum", Candidate(worst=1.0), **sequence),
+        harder("sequence, three verifiers", Candidate(spread=0.0), **sequence),
+        harder("sequence, three verifiers minus deviation", Candidate(spread=1.0), **sequence),
+        harder("sequence, minus half a weaker one", Candidate(minus=0.5), **sequence),
+        harder("sequence, KL 0.01", kl=0.01, **sequence),
+        harder("sequence, KL 0.1", kl=0.1, **sequence),
+        harder("1,000 updates, token", steps=1000),
+        harder("1,000 updates, sequence", steps=1000, **sequence),
+        harder("1,000 updates, return", steps=1000, **returns),
+        harder("1,000 updates, return, policy baseline", steps=1000, **returns, **policy),
+    ]
+
+
 GROUPS: dict[str, list[Condition]] = {
     "rewards": _rewards(),
     "verifiers": _verifiers(),
@@ -162,7 +225,8 @@ GROUPS: dict[str, list[Condition]] = {
     "lessons": _lessons(),
     "horizon": _horizon(),
     "screen": _screen(),
+    "harder": _harder(),
 }
-STUDY = ("horizon", "screen")
+STUDY = ("horizon", "screen", "harder")
 """Groups that take hours: only where they are asked for."""
 CONDITIONS: dict[str, Condition] = {c.name: c for group in GROUPS.values() for c in group}

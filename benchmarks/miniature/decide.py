@@ -13,6 +13,9 @@ from typing import Any
 from benchmarks.miniature.evaluate import interval
 from benchmarks.miniature.runs import World, runs_of
 
+MEASURES = {"harder": "sampled"}
+"""What a group's comparisons are about, if not greedy accuracy: of the long answers the accuracy at
+temperature 1, since even the verifier's likeliest story says a sentence twice."""
 SMALL = 0.02
 """A difference of accuracy that nobody needs to care for."""
 PAIRS = {
@@ -47,6 +50,30 @@ PAIRS = {
         ("return, EOS masked", "return"),
         ("return, policy baseline", "return"),
         ("return, policy baseline, white space kept", "return, policy baseline"),
+    ),
+    "harder": (
+        ("sequence", "token"),
+        ("return", "token"),
+        ("return, policy baseline", "token"),
+        ("token, policy baseline", "token"),
+        ("return", "sequence"),
+        ("return, policy baseline", "return"),
+        ("sequence, policy baseline", "sequence"),
+        ("return, gamma 0.95", "return"),
+        ("return, gamma 0.95, policy baseline", "return, policy baseline"),
+        ("token, half of the sequence's", "token"),
+        ("token, gated by the response", "token"),
+        ("token, power 0.5", "token"),
+        ("token, contrast 0.5", "token"),
+        ("sequence, soft minimum", "sequence"),
+        ("sequence, three verifiers", "sequence"),
+        ("sequence, three verifiers minus deviation", "sequence, three verifiers"),
+        ("sequence, minus half a weaker one", "sequence"),
+        ("sequence, KL 0.01", "sequence"),
+        ("sequence, KL 0.1", "sequence"),
+        ("1,000 updates, sequence", "1,000 updates, token"),
+        ("1,000 updates, return", "1,000 updates, token"),
+        ("1,000 updates, return, policy baseline", "1,000 updates, token"),
     ),
 }
 """What is compared with what, in each group: named before their runs."""
@@ -86,26 +113,30 @@ def decisions(world: World, group: str) -> list[Decision]:
         )
         shared = sorted(first.keys() & second.keys())
         if shared:
+            key = MEASURES.get(group, "accuracy")
             values = [
-                [value(first[s]) - value(second[s]) for s in shared] for value in (end, area, drift)
+                [value(first[s], key) - value(second[s], key) for s in shared]
+                for value in (end, area, drift)
             ]
             intervals = [interval(row, 1 - 0.05 / len(pairs)) for row in values]
             found.append(Decision(ours, theirs, len(shared), *intervals))
     return found
 
 
-def end(run: dict[str, Any]) -> float:
-    return run["curve"][-1]["accuracy"]
+def end(run: dict[str, Any], key: str = "accuracy") -> float:
+    return run["curve"][-1][key]
 
 
-def area(run: dict[str, Any]) -> float:
+def area(run: dict[str, Any], key: str = "accuracy") -> float:
     """Mean accuracy over the updates, between measurements a straight line."""
     curve = run["curve"]
-    total = sum(
-        (b["step"] - a["step"]) * (a["accuracy"] + b["accuracy"]) / 2 for a, b in pairwise(curve)
-    )
+    total = sum((b["step"] - a["step"]) * (a[key] + b[key]) / 2 for a, b in pairwise(curve))
     return total / (curve[-1]["step"] - curve[0]["step"])
 
 
-def drift(run: dict[str, Any]) -> float:
-    return max(point["accuracy"] for point in run["curve"]) - end(run)
+def drift(run: dict[str, Any], key: str = "accuracy") -> float:
+    return best(run, key) - end(run, key)
+
+
+def best(run: dict[str, Any], key: str = "accuracy") -> float:
+    return max(point[key] for point in run["curve"])

@@ -10,7 +10,7 @@ import torch
 from benchmarks.grpo import Ids
 from benchmarks.miniature import evaluate, models
 from benchmarks.miniature.sampling import sample
-from benchmarks.miniature.tasks import Example, stream
+from benchmarks.miniature.tasks import HALVES, MAX_NEW, Example, stream
 
 
 class Tasks:
@@ -20,11 +20,14 @@ class Tasks:
         tokenizer: the generator's.
         test: held-out questions to measure on.
         seed: of the questions that are asked.
+        half: of the tasks, see `tasks.HALVES`.
     """
 
-    def __init__(self, tokenizer: Any, test: Sequence[Example], seed: int) -> None:
-        self._tokenizer, self._test = tokenizer, test
-        self._examples = stream(10_000 + seed)
+    def __init__(
+        self, tokenizer: Any, test: Sequence[Example], seed: int, half: str = "short"
+    ) -> None:
+        self._tokenizer, self._test, self._max_new = tokenizer, test, MAX_NEW[half]
+        self._examples = stream(10_000 + seed, HALVES[half])
 
     def ask(self, n: int) -> list[str]:
         return [next(self._examples).prompt for _ in range(n)]
@@ -33,7 +36,7 @@ class Tasks:
         return self._tokenizer(prompts, add_special_tokens=False)["input_ids"]
 
     def sample(self, policy: Any, prompt_ids: Ids, draws: torch.Generator) -> Ids:
-        return sample(policy, prompt_ids, draws)
+        return sample(policy, prompt_ids, draws, self._max_new)
 
     def logprobs(self, policy: Any, prompt_ids: Ids, response_ids: Ids) -> list[torch.Tensor]:
         both = list(zip(prompt_ids, response_ids, strict=True))

@@ -13,10 +13,10 @@ import mpmath  # comes with torch
 import numpy as np
 import torch
 
-from benchmarks.miniature import models
+from benchmarks.miniature import long_tasks, models
 from benchmarks.miniature.models import EOS
-from benchmarks.miniature.sampling import MAX_NEW, sample
-from benchmarks.miniature.tasks import LONG, SHORT, Example, grade
+from benchmarks.miniature.sampling import sample
+from benchmarks.miniature.tasks import HALVES, LONG, MAX_NEW, SHORT, Example, grade
 from cme_reward.metrics import repetition
 
 
@@ -26,7 +26,8 @@ def answers(
     """Greedy responses as ids; with a seed, sampled ones."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     prompts = tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
-    return sample(model, prompts, generator)
+    half = "long" if any(e.task in HALVES["long"] for e in examples) else "short"
+    return sample(model, prompts, generator, MAX_NEW[half])
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -58,26 +59,31 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def measure(model: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
     """Greedy accuracy, also by task and length, and the signs of collapse.
 
-    `accuracy` is the share of grade 1. `length`, `stopped` and `repetition` (share of repeated
-    4-grams) are of the greedy responses; `entropy` is the mean of the policy's next-token entropy
-    over them, in nats; `distinct` the share of different sentences among the free texts' parts
-    after the topic.
+    `accuracy` is the share of grade 1, `sampled` the same at temperature 1. `length`, `stopped` and
+    `repetition` (share of repeated 4-grams) are of the greedy responses; `entropy` is the mean of
+    the policy's next-token entropy over them, in nats; `distinct` the share of different sentences
+    among the free texts' parts after the topic.
     """
     model.eval()
     ids = answers(model, tokenizer, examples)
     found = grades(tokenizer, examples, ids)
+    drawn = answers(model, tokenizer, examples, seed=0)
     by_task, by_length, tails = defaultdict(list), defaultdict(list), []
     for example, mark, row in zip(examples, found, ids, strict=True):
         by_task[example.task].append(mark == 1)
         given = example.prompt.rstrip("\n").partition(": ")[2]
         if example.task == "say":
             tails.append(text_of(tokenizer, row).removeprefix(f"the {given}"))
-        elif example.task != "add":
+        elif example.task == long_tasks.TELL:
+            topic = given.partition(" ")[2]
+            tails += text_of(tokenizer, row).replace(f"the {topic}", "").split(". ")
+        elif example.task not in ("add", *HALVES["long"]):
             by_length["short" if len(given) in SHORT else "long"].append(mark == 1)
-        assert example.task in ("say", "add") or len(given) <= LONG[-1]
+            assert len(given) <= LONG[-1]
     return {
         "accuracy": statistics.mean(mark == 1 for mark in found),
         "grades": found,
+        "sampled": statistics.mean(m == 1 for m in grades(tokenizer, examples, drawn)),
         **{task: statistics.mean(marks) for task, marks in by_task.items()},
         **{length: statistics.mean(marks) for length, marks in by_length.items()},
         "length": statistics.mean(map(len, ids)),
@@ -128,4 +134,4 @@ def quantile(p: float, df: int) -> float:
     return (df * (1 / high - 1)) ** 0.5
 
 
-__all__ = ["MAX_NEW", "answers", "grades", "interval", "measure", "quantile", "text_of", "win_rate"]
+__all__ = ["answers", "grades", "interval", "measure", "quantile", "text_of", "win_rate"]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 PAD, EOS = 0, 1
-MAX_LENGTH = 128
+MAX_LENGTH = 256
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ INK, GRID = "#1f2430", "#d8dce4"
 COLOURS = ("#4556af", "#c4572e", "#2c8a5b", "#8a5bb0", "#b08a1e", "#3a8fb0", "#a03a5f", "#6b7280",
            "#1f2859", "#e08f6f", "#7fbf9b", "#c7a3e0")  # fmt: skip
 PANELS = (
-    ("accuracy", "accuracy"),
     ("length", "response length, tokens"),
     ("entropy", "entropy, nats"),
     ("repetition", "repeated 4-grams"),
@@ -33,11 +32,11 @@ def draw_all(found: dict[str, Any], folder: Path) -> list[Path]:
     files: list[Path] = []
     curves = found["curves"]
 
-    def panels(name: str, conditions: Sequence[str], title: str) -> None:
+    def panels(name: str, conditions: Sequence[str], title: str, first: str = "accuracy") -> None:
         here = [c for c in conditions if c in curves]
         if here:
             files.append(folder / f"{name}.png")
-            learning_curves({c: curves[c] for c in here}, files[-1], title)
+            learning_curves({c: curves[c] for c in here}, files[-1], title, first)
 
     panels("rewards", REWARDS, "Rewards: mean of the seeds, held-out questions, greedy")
     for kind, what in (("long", "Twice the steps"), ("fast", "Three times the learning rate")):
@@ -45,6 +44,9 @@ def draw_all(found: dict[str, Any], folder: Path) -> list[Path]:
         panels(f"lessons-{kind}", lessons, f"{what}, no cosine")
     horizon = [c for c in curves if c.startswith("horizon: ")]
     panels("horizon", horizon, "Ten times the updates, no cosine: what a token is credited with")
+    harder = [c for c in curves if c.startswith("harder: 1,000 updates")]
+    title = "Long answers, a middling verifier: what a token is credited with"
+    panels("harder", harder, title, "sampled")
     names = [f"CME, token, {name}" for name in CAPABILITIES[:-1]] + ["CME, token"]
     if all(name in found["rows"] for name in names) and all(
         c in found["cast"] for c in CAPABILITIES
@@ -58,10 +60,17 @@ def draw_all(found: dict[str, Any], folder: Path) -> list[Path]:
     return files
 
 
-def learning_curves(curves: dict[str, list[list[dict[str, Any]]]], file: Path, title: str) -> None:
-    """Accuracy, length, entropy and repetition by step: thin lines seeds, thick ones their mean."""
+def learning_curves(
+    curves: dict[str, list[list[dict[str, Any]]]],
+    file: Path,
+    title: str,
+    first: str = "accuracy",
+) -> None:
+    """Accuracy (greedy, or `sampled`), length, entropy and repetition by step: thin lines seeds,
+    thick ones their mean."""
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 6.4), layout="constrained")
-    for axis, (key, label) in zip(axes.flat, PANELS, strict=True):
+    accuracy = "accuracy" if first == "accuracy" else "accuracy of sampled answers"
+    for axis, (key, label) in zip(axes.flat, [(first, accuracy), *PANELS], strict=True):
         for (name, runs), colour in zip(curves.items(), _colours(len(curves)), strict=True):
             steps = [point["step"] for point in runs[0]]
             values = [[point[key] for point in run] for run in runs]
@@ -72,7 +81,7 @@ def learning_curves(curves: dict[str, list[list[dict[str, Any]]]], file: Path, t
                 steps[: len(mean)], mean, color=colour, lw=2, label=name.partition(": ")[2] or name
             )
         # From 0, and never so narrow that noise looks like a trend.
-        axis.set_ylim(0, max(axis.get_ylim()[1], {"accuracy": 1, "repetition": 0.1}.get(key, 0)))
+        axis.set_ylim(0, max(axis.get_ylim()[1], {first: 1, "repetition": 0.1}.get(key, 0)))
         _dress(axis, "step", label)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

@@ -10,7 +10,6 @@ from benchmarks.miniature.cast import CAPABILITIES
 from benchmarks.miniature.conditions import CONDITIONS, Condition
 from benchmarks.miniature.models import EOS
 from benchmarks.miniature.runs import World, file_of
-from benchmarks.miniature.tasks import held_out_set
 from cme_reward.comparators import call_reward, needed_statistics, policy_statistics
 
 SEQUENCE = {"level": "sequence"}
@@ -41,9 +40,9 @@ def rank(world: World) -> dict[str, float]:
 
 
 def _share(world: World, condition: Condition) -> float:
-    cast = world.cast
+    cast = world.cast()
     policy, tokenizer = cast.model("pretrained"), cast.tokenizer("pretrained")
-    examples = [e for e in held_out_set(world.questions) if e.answer != e.mistake]
+    examples = [e for e in world.test() if e.answer != e.mistake]
     prompts = [e.prompt for e in examples]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     scorer: Any = rewards.reward(condition, cast, policy)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.miniature import pictures, summary
+from benchmarks.miniature import decide, pictures, summary
 from benchmarks.miniature.runs import World
 
 COLUMNS = (
@@ -35,11 +35,12 @@ TITLES = {
     "lessons": "More training: eps, EOS and returns-to-go",
     "horizon": "Ten times the updates: what a token is credited with",
     "screen": "Twice the updates: candidates",
+    "harder": "Long answers, a middling verifier",
 }
 DECIDED = (
     "Ours minus theirs, paired by seed, with half of an interval that is corrected for all the "
-    "comparisons of this table: accuracy at the end, its mean over the run, and the drop from a "
-    "run's best. The verdict is about the accuracy at the end."
+    "comparisons of this table: {} at the end, its mean over the run, and the drop from a "
+    "run's best. The verdict is about that at the end."
 )
 Table = tuple[Sequence[str], list[list[str]]]
 
@@ -89,9 +90,11 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
         parts.append(("What the rewards prefer", text, ranked))
     rows = found["rows"]
     for group, names in found["groups"].items():
-        drifts = group in ("lessons", "horizon", "screen")
+        drifts = group in ("lessons", "horizon", "screen", "harder")
         bases = [] if drifts else [n for n in summary.BASES.values() if n in rows]
         chosen = [n for n in bases if group == "regimes" or n == "base"] + names
+        if group == "harder" and names:
+            chosen = [summary.LONG_BASE, *names]
         if names:
             table = [[n, *(_cell(rows[n], key) for key, _ in COLUMNS)] for n in chosen]
             header = ("condition", *(label for _, label in COLUMNS))
@@ -104,8 +107,8 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
                 text += " `best` is the highest accuracy at any measurement: the drop is the drift."
             parts.append((TITLES[group], text, (header, table)))
         if decisions := found["decisions"].get(group):
-            parts.append((f"{TITLES[group]}: decided", DECIDED, _decided(decisions)))
-    keys = ("reverse", "sort", "add", "steps", "say", "short", "long")
+            parts.append((f"{TITLES[group]}: decided", _deciding(group), _decided(decisions)))
+    keys = summary.PARTS
     by_task = [
         [name, *(f"{row['tasks'][k]:.2f}" if k in row["tasks"] else "" for k in keys)]
         for name, row in rows.items()
@@ -117,10 +120,15 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
         [name, prompt.strip(), response]
         for name, pairs in found["examples"].items()
         for prompt, response in pairs
-        if prompt.startswith(("reverse", "say"))
+        if prompt.startswith(("reverse", "say", "tell"))
     ]
     parts.append(("What they say (seed 0)", "", (("condition", "prompt", "response"), said)))
     return parts
+
+
+def _deciding(group: str) -> str:
+    greedy = decide.MEASURES.get(group, "accuracy") == "accuracy"
+    return DECIDED.format("accuracy" if greedy else "accuracy of sampled answers")
 
 
 def _decided(decisions: list[dict[str, Any]]) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.miniature.candidates import Candidate
-from benchmarks.miniature.cast import META_QUESTION, META_TEMPLATE, Cast
+from benchmarks.miniature.cast import CAPABILITIES, META_QUESTION, META_TEMPLATE, Cast
 from benchmarks.miniature.conditions import Condition
 from cme_reward import CMEConfig
 from cme_reward.comparators import (
@@ -30,8 +30,24 @@ Advantages = Callable[
 ]
 
 
-def verifier(cast: Cast, name: str) -> TransformersVerifier:
-    return TransformersVerifier(cast.model(name), cast.tokenizer(name), name=name)
+def verifier(cast: Cast, name: str, seed: int = 0) -> TransformersVerifier:
+    return TransformersVerifier(cast.model(name, seed), cast.tokenizer(name), name=name)
+
+
+def asked(condition: Condition, cast: Cast) -> Any:
+    """The verifier of a condition, changed as its candidate says."""
+    more = [verifier(cast, *model) for model in others(condition)]
+    return condition.candidate.verifier(verifier(cast, condition.verifier), more)
+
+
+def others(condition: Condition) -> list[tuple[str, int]]:
+    """Names and seeds of the verifiers that a condition asks besides its own."""
+    name, change = condition.verifier, condition.candidate
+    if change.spread is not None:
+        return [(name, 1), (name, 2)]
+    if change.minus:
+        return [(CAPABILITIES[CAPABILITIES.index(name) - 1], 0)]
+    return []
 
 
 def reward(condition: Condition, cast: Cast, policy: Any) -> Any:
@@ -41,9 +57,7 @@ def reward(condition: Condition, cast: Cast, policy: Any) -> Any:
         condition.reward,
         cast.tokenizer("pretrained"),
         CMEConfig(**condition.config),
-        verifier=condition.candidate.verifier(verifier(cast, condition.verifier))
-        if needs_verifier
-        else None,
+        verifier=asked(condition, cast) if needs_verifier else None,
         policy=policy,
         **OPTIONS.get(condition.reward, {}),
     )

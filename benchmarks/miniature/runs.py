@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from benchmarks import grpo
 from benchmarks.grpo import Settings
 from benchmarks.miniature import evaluate, rewards
-from benchmarks.miniature.cast import Cast, Scale
+from benchmarks.miniature.cast import LONG_SCALE, Cast, Scale
 from benchmarks.miniature.conditions import Condition
 from benchmarks.miniature.environment import Tasks
-from benchmarks.miniature.tasks import TASKS, held_out_set
+from benchmarks.miniature.rewards import others
+from benchmarks.miniature.tasks import HALVES, TASKS, Example, held_out_set
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,17 @@ class World:
     steps: float = 1.0
     """Multiplies the steps of every condition."""
     device: str = "cpu"
+    long_scale: Scale = LONG_SCALE
 
-    @property
-    def cast(self) -> Cast:
-        return Cast(self.folder / "models", self.scale, self.device)
+    def cast(self, half: str = "short") -> Cast:
+        """The models of one half of the tasks."""
+        short = half == "short"
+        folder = self.folder / ("models" if short else "models-long")
+        return Cast(folder, self.scale if short else self.long_scale, self.device, half)
+
+    def test(self, half: str = "short") -> list[Example]:
+        """The held-out questions to measure on."""
+        return held_out_set(self.questions, tasks=HALVES[half])
 
 
 def file_of(world: World, name: str, seed: int) -> Path:
@@ -56,9 +65,9 @@ def run(world: World, condition: Condition, seed: int) -> dict[str, Any]:
     if file.is_file():
         return json.loads(file.read_text())
     torch.manual_seed(seed)
-    cast = world.cast
+    cast = world.cast(condition.half)
     tokenizer = cast.tokenizer(condition.regime)
-    test = held_out_set(world.questions)
+    test = world.test(condition.half)
     policy = cast.model(condition.regime, seed)
     settings = condition.settings(world.settings)
     settings = Settings(**{**vars(settings), "steps": round(settings.steps * world.steps)})
@@ -69,7 +78,9 @@ def run(world: World, condition: Condition, seed: int) -> dict[str, Any]:
         curve = train(policy, tokenizer, condition, cast, settings, test, seed)
     else:
         give = rewards.advantages(condition, cast, policy)
-        curve = grpo.train(policy, Tasks(tokenizer, test, seed), give, settings, seed)
+        curve = grpo.train(
+            policy, Tasks(tokenizer, test, seed, condition.half), give, settings, seed
+        )
     sampled = evaluate.answers(policy, tokenizer, test, seed=seed)
     marks = evaluate.grades(tokenizer, test, sampled)
     result = {
@@ -96,14 +107,16 @@ def examples_of(policy: Any, tokenizer: Any, test: Sequence[Any]) -> list[list[s
     return [[e.prompt, text] for e, text in zip(first.values(), texts, strict=True)]
 
 
-def measured(world: World, name: str, seed: int = 0) -> dict[str, Any]:
+def cast_file(world: World, name: str, seed: int = 0, half: str = "short") -> Path:
+    return file_of(world, f"cast-{name}" if half == "short" else f"cast-long-{name}", seed)
+
+
+def measured(world: World, name: str, seed: int = 0, half: str = "short") -> dict[str, Any]:
     """A model of the cast on the test set, measured once."""
-    file = file_of(world, f"cast-{name}", seed)
+    file = cast_file(world, name, seed, half)
     if not file.is_file():
-        cast = world.cast
-        found = evaluate.measure(
-            cast.model(name, seed), cast.tokenizer(name), held_out_set(world.questions)
-        )
+        cast = world.cast(half)
+        found = evaluate.measure(cast.model(name, seed), cast.tokenizer(name), world.test(half))
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found))
     return json.loads(file.read_text())
@@ -113,29 +126,43 @@ def run_all(
     world: World, conditions: Sequence[Condition], seeds: Sequence[int], workers: int
 ) -> None:
     """Train the cast, then run every condition with every seed, in so many processes."""
-    regimes = {c.regime for c in conditions}
-    names = {c.verifier for c in conditions if c.reward in ("cme", "rlme")}
-    fixed = [(name, 0) for name in sorted(names | {"verifier-4", "reference"})]
-    bases = [("pretrained", seed) for seed in seeds]
-    tuned = [("sft", s) for s in seeds if regimes & {"sft", "preference"}]
-    tuned_more = [("preference", s) for s in seeds if "preference" in regimes]
     # The long ones last, so that what an interrupted session leaves is worth most.
     jobs = sorted(((c, seed) for seed in seeds for c in conditions), key=lambda job: job[0].steps)
-    cast = [*fixed, *bases, *tuned, *tuned_more]
+    # Tuned models start from others, which have to be there.
+    stages = [stage for half in HALVES for stage in _stages(conditions, seeds, half)]
     if workers == 0:
-        for job in cast:
+        for job in chain(*stages):
             measured(world, *job)
         for count, (condition, seed) in enumerate(jobs, 1):
             _tell(count, len(jobs), run(world, condition, seed))
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
-        # Tuned models start from others, which have to be there.
-        for stage in ([*fixed, *bases], tuned, tuned_more):
+        for stage in stages:
             for done in as_completed([pool.submit(measured, world, *job) for job in stage]):
                 done.result()
         futures = [pool.submit(run, world, *job) for job in jobs]
         for count, done in enumerate(as_completed(futures), 1):
             _tell(count, len(jobs), done.result())
+
+
+def _stages(
+    conditions: Sequence[Condition], seeds: Sequence[int], half: str
+) -> list[list[tuple[str, int, str]]]:
+    """The models that the conditions of a half need, as what can be trained at once."""
+    conditions = [c for c in conditions if c.half == half]
+    if not conditions:
+        return []
+    regimes = {c.regime for c in conditions}
+    fixed = {(c.verifier, 0) for c in conditions if c.reward in ("cme", "rlme")}
+    fixed |= {model for c in conditions for model in others(c)}
+    if half == "short":
+        fixed |= {("verifier-4", 0), ("reference", 0)}
+    stages = [
+        [*sorted(fixed), *(("pretrained", seed) for seed in seeds)],
+        [("sft", seed) for seed in seeds if regimes & {"sft", "preference"}],
+        [("preference", seed) for seed in seeds if "preference" in regimes],
+    ]
+    return [[(name, seed, half) for name, seed in stage] for stage in stages]
 
 
 def _tell(count: int, of: int, result: dict[str, Any]) -> None:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.miniature.models import EOS, PAD
-
-MAX_NEW = 24
+from benchmarks.miniature.tasks import MAX_NEW
 
 
 @torch.no_grad()
@@ -23,7 +22,7 @@ def sample(
     model: Any,
     prompts: Sequence[Sequence[int]],
     generator: torch.Generator | None = None,
-    max_new: int = MAX_NEW,
+    max_new: int = MAX_NEW["short"],
 ) -> list[list[int]]:
     """One response a prompt, EOS included where the policy stopped.
 

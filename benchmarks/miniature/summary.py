@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from benchmarks.miniature.cast import CAPABILITIES, REGIMES
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.evaluate import interval, win_rate
 from benchmarks.miniature.runs import World, file_of, runs_of
+from benchmarks.miniature.tasks import HALVES
 
 BASES = {"pretrained": "base", "sft": "base, SFT", "preference": "base, preference-tuned"}
+LONG_BASE = "base, long answers"
+PARTS = ("reverse", "sort", "add", "steps", "say", "short", "long", *HALVES["long"])
+"""Tasks, and lengths of letters."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Row:
     seeds: list[int]
     accuracy: tuple[float, float]
     best: tuple[float, float]
-    """Highest accuracy at any measurement of a run."""
+    """Highest accuracy at any measurement of a run; of long answers that at temperature 1."""
     win_base: tuple[float, float]
     win_reference: tuple[float, float]
     sampled: tuple[float, float]
@@ -56,21 +60,29 @@ def rows_of(world: World) -> dict[str, Row]:
     """Every condition that was run, the untrained bases and the reference too."""
     reference = _cast(world, "reference")
     rows: dict[str, Row] = {}
-    for regime in REGIMES:
+    for half, regime in (*product(["short"], REGIMES), ("long", "pretrained")):
         starts = {}
-        for condition in (c for c in CONDITIONS.values() if c.regime == regime):
-            for run in runs_of(world, condition.name):
-                starts.setdefault(run["seed"], run["curve"][0])
+        for c in CONDITIONS.values():
+            if (c.half, c.regime) == (half, regime):
+                for run in runs_of(world, c.name):
+                    starts.setdefault(run["seed"], run["curve"][0])
         if starts:
             as_runs = [
-                {"seed": s, "curve": [p], "sampled_accuracy": float("nan"), "cpu_seconds": 0.0}
+                {
+                    "seed": s,
+                    "curve": [p],
+                    "sampled_accuracy": p.get("sampled", float("nan")),
+                    "cpu_seconds": 0.0,
+                }
                 for s, p in sorted(starts.items())
             ]
-            rows[BASES[regime]] = _row(BASES[regime], as_runs, reference)
-    for name in CONDITIONS:
+            name = BASES[regime] if half == "short" else LONG_BASE
+            rows[name] = _row(name, as_runs, reference if half == "short" else None)
+    for name, condition in CONDITIONS.items():
         found = runs_of(world, name)
         if found:
-            rows[name] = _row(name, found, reference)
+            short = condition.half == "short"
+            rows[name] = _row(name, found, reference if short else None)
     return rows
 
 
@@ -81,16 +93,16 @@ def _cast(world: World, name: str) -> dict[str, Any] | None:
 
 def _row(name: str, runs: Sequence[dict[str, Any]], reference: dict[str, Any] | None) -> Row:
     ends = [run["curve"][-1] for run in runs]
+    is_long = HALVES["long"][0] in ends[0]
 
     def over(value: Callable[[dict[str, Any]], float]) -> tuple[float, float]:
         return interval([value(end) for end in ends])
 
-    parts = ("reverse", "sort", "add", "steps", "say", "short", "long")
     return Row(
         name=name,
         seeds=[run["seed"] for run in runs],
         accuracy=over(lambda end: end["accuracy"]),
-        best=interval([max(point["accuracy"] for point in run["curve"]) for run in runs]),
+        best=interval([decide.best(run, "sampled" if is_long else "accuracy") for run in runs]),
         win_base=interval(
             [win_rate(r["curve"][-1]["grades"], r["curve"][0]["grades"]) for r in runs]
         ),
@@ -103,7 +115,7 @@ def _row(name: str, runs: Sequence[dict[str, Any]], reference: dict[str, Any] | 
         repetition=over(lambda end: end["repetition"]),
         entropy=over(lambda end: end["entropy"]),
         distinct=over(lambda end: end["distinct"]),
-        tasks={p: statistics.mean(e[p] for e in ends) for p in parts if all(p in e for e in ends)},
+        tasks={p: statistics.mean(e[p] for e in ends) for p in PARTS if all(p in e for e in ends)},
         cpu_seconds=statistics.mean(run["cpu_seconds"] for run in runs),
     )
 
@@ -238,9 +250,9 @@ def _questions(world: World, rows: dict[str, Row]) -> int:
 
 
 def _curves(world: World, name: str) -> list[list[dict[str, Any]]]:
-    keep = ("step", "accuracy", "length", "stopped", "repetition", "entropy", "distinct")
+    keep = ("step", "accuracy", "sampled", "length", "stopped", "repetition", "entropy", "distinct")
     return [
-        [{key: point[key] for key in keep} for point in run["curve"]]
+        [{key: point[key] for key in keep if key in point} for point in run["curve"]]
         for run in runs_of(world, name)
     ]
 

@@ -12,12 +12,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.miniature import grammar
+from benchmarks.miniature import grammar, long_tasks
 
 LETTERS = "abcdef"
 TASKS = ("reverse", "sort", "add", "steps", "say")
 SHORT, LONG = (3,), (4, 5)
 """Lengths of letter strings, for numbers by length."""
+HALVES = {"short": TASKS, "long": long_tasks.TASKS}
+"""The two halves of the world: answers of a few tokens, and of 60 to 200."""
+MAX_NEW = {"short": 24, "long": 200}
+"""Responses are cut after so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def add_wrongly(a: int, b: int) -> int:
 
 def example(task: str, rng: random.Random) -> Example:
     """One question of a task, its answer and its mistake."""
+    if task in long_tasks.TASKS:
+        return Example(task, *long_tasks.question(task, rng))
     if task == "add":
         a, b = rng.randint(10, 39), rng.randint(10, 39)
         return Example(task, f"add: {a}+{b}\n", str(a + b), str(add_wrongly(a, b)))
@@ -80,6 +86,8 @@ def example(task: str, rng: random.Random) -> Example:
 def grade(prompt: str, response: str) -> float:
     """The judge: 1 for a right answer, 0 for a wrong one; free text as `grammar.grade` says."""
     task, _, given = prompt.rstrip("\n").partition(": ")
+    if task in long_tasks.TASKS:
+        return long_tasks.grade(task, given, response)
     if task == "say":
         return grammar.grade(given, response)
     if task == "add":

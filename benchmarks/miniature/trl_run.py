@@ -16,8 +16,7 @@ from benchmarks.miniature import evaluate, rewards
 from benchmarks.miniature.cast import Cast
 from benchmarks.miniature.conditions import Condition
 from benchmarks.miniature.models import EOS, PAD
-from benchmarks.miniature.sampling import MAX_NEW
-from benchmarks.miniature.tasks import Example, stream
+from benchmarks.miniature.tasks import MAX_NEW, Example, stream
 from cme_reward.trl import CMEGRPOTrainer, RewardFunction
 
 
@@ -92,7 +91,7 @@ def arguments(
         max_grad_norm=1.0,
         per_device_train_batch_size=settings.prompts * settings.rollouts,
         num_generations=settings.rollouts,
-        max_completion_length=MAX_NEW,
+        max_completion_length=MAX_NEW["short"],
         temperature=1.0,
         top_p=1.0,
         top_k=0,

@@ -15,13 +15,14 @@ import pytest
 import torch
 from trl_tiny import tokenizer as other_tokenizer
 
-from benchmarks.grpo import Settings
-from benchmarks.miniature import decide, evaluate, grammar, models, tasks, vocabulary
+from benchmarks.grpo import Settings, divergence, train
+from benchmarks.miniature import decide, evaluate, grammar, models, rewards, tasks, vocabulary
 from benchmarks.miniature.__main__ import SMALL, main
 from benchmarks.miniature.candidates import Candidate, next_prompts, soft_minimum
 from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.demo import main as main_of_demo
+from benchmarks.miniature.environment import Tasks
 from benchmarks.miniature.models import EOS, Size
 from benchmarks.miniature.runs import World, file_of, run
 from benchmarks.miniature.sampling import sample
@@ -54,22 +55,47 @@ pytestmark = pytest.mark.slow
         ("say: old dog\n", "the old dog runs near the shy old cat.", 0),
         ("say: old dog\n", "the old dog .", 0),
         ("say: old dog\n", "", 0),
+        ("total: 13+9+4\n", "13+9=22 22+4=26", 1),
+        ("total: 13+9+4\n", "13+9=22", 0),
+        ("total: 13+9+4\n", "13+9=12 12+4=16", 0),
+        ("total: 13+9+4\n", "26", 0),
+        ("insert: c a b\n", "c=c a=ac b=abc", 1),
+        ("insert: c a b\n", "c=c a=ca b=cba", 0),
+        ("insert: c a b\n", "abc", 0),
+        ("tell: 2 old dog\n", "the old dog runs. the old dog sings.", 1),
+        ("tell: 2 old dog\n", "the old dog runs. the old dog runs.", 0),
+        ("tell: 2 old dog\n", "the old dog runs.", 0),
+        ("tell: 2 old dog\n", "the old dog runs. the old dog sings. the old dog waits.", 0),
+        ("tell: 2 old dog\n", "the old dog runs. the old dog sing.", 0.5),
+        ("tell: 2 old dog\n", "the old dog runs. the old dog sings", 0),
     ],
 )
 def test_the_judge(prompt: str, response: str, mark: float) -> None:
     assert tasks.grade(prompt, response) == mark
 
 
-def test_answers_are_right_and_mistakes_are_not() -> None:
+@pytest.mark.parametrize("half", tasks.HALVES)
+def test_answers_are_right_and_mistakes_are_not(half: str) -> None:
     seen = Counter()
-    for example in islice(tasks.stream(7), 2000):
+    for example in islice(tasks.stream(7, tasks.HALVES[half]), 2000):
         assert tasks.grade(example.prompt, example.answer) == 1
         if example.mistake != example.answer:
             assert tasks.grade(example.prompt, example.mistake) < 1
             seen[example.task] += 1
     # The wrong belief makes a difference in every task.
-    assert set(seen) == set(tasks.TASKS)
+    assert set(seen) == set(tasks.HALVES[half])
     assert min(seen.values()) > 100
+
+
+def test_long_answers_are_long_in_either_vocabulary() -> None:
+    examples = tasks.held_out_set(60, tasks=tasks.HALVES["long"])
+    size = {}
+    for tokenizer in (vocabulary.generator_tokenizer(), vocabulary.verifier_tokenizer()):
+        rows = tokenizer([e.answer for e in examples])["input_ids"]
+        size[tokenizer.name_or_path] = sorted(map(len, rows))
+    assert size["miniature-generator"][len(examples) // 10] >= 50
+    assert size["miniature-generator"][-1] < tasks.MAX_NEW["long"]
+    assert size["miniature-verifier"][0] >= 25
 
 
 def test_mistakes_by_hand() -> None:
@@ -211,6 +237,48 @@ def test_candidates_by_hand() -> None:
         next_prompts([[1], [1]])
 
 
+def test_several_verifiers_by_hand() -> None:
+    class Fixed:
+        name, tokenizer, max_length, vocab_size = "fixed", None, 100, 9
+
+        def __init__(self, *logp: float) -> None:
+            self.logp = np.array(logp)
+
+        def logprobs(self, prompts: Any, responses: Any) -> list[np.ndarray]:
+            return [self.logp for _ in prompts]
+
+    strong, other = Fixed(-1.0, -4.0), Fixed(-3.0, -4.0)
+    for change, expected in (
+        (Candidate(spread=0.0), [-2.0, -4.0]),
+        (Candidate(spread=1.5), [-3.5, -4.0]),  # deviations 1 and 0
+        (Candidate(minus=0.5), [0.5, -2.0]),
+    ):
+        found = change.verifier(strong, [other]).logprobs([[1]], [[2, 3]])
+        assert found[0] == pytest.approx(expected)
+
+
+def test_the_divergence_is_grpos() -> None:
+    own, anchor = torch.log(torch.tensor([0.5, 0.2])), torch.log(torch.tensor([0.5, 0.4]))
+    # q / p = 2: 2 - log 2 - 1.
+    assert divergence(own, anchor).tolist() == pytest.approx([0, 1 - np.log(2)])
+
+
+def test_an_anchor_holds_the_policy(tmp_path: Path) -> None:
+    world = World(tmp_path, SMALL, questions=6, long_scale=SMALL)
+    start = world.cast("long").model("pretrained", 0).state_dict()
+    plain = CONDITIONS["harder: sequence"]
+
+    def distance(kl: float) -> float:
+        policy = world.cast("long").model("pretrained", 0)
+        settings = Settings(steps=6, prompts=2, rollouts=4, lr=3e-3, warmup=1, kl=kl)
+        give = rewards.advantages(plain, world.cast("long"), policy)
+        tokenizer = world.cast("long").tokenizer("pretrained")
+        train(policy, Tasks(tokenizer, world.test("long"), 0, "long"), give, settings, 0)
+        return sum(float((a - start[n]).norm()) for n, a in policy.state_dict().items())
+
+    assert distance(10.0) < 0.9 * distance(0.0)
+
+
 def test_the_soft_minimum_lies_between_the_worst_token_and_the_mean() -> None:
     logp = np.array([-1.0, -9.0])
     soft = soft_minimum(logp, 1.0)
@@ -250,6 +318,8 @@ def test_decisions_are_paired_and_corrected(tmp_path: Path) -> None:
 
 def test_conditions_are_named_once_and_known() -> None:
     assert len(CONDITIONS) == sum(map(len, GROUPS.values()))
+    for group, pairs in decide.PAIRS.items():
+        assert {f"{group}: {name}" for pair in pairs for name in pair} <= set(CONDITIONS)
     assert other_tokenizer().get_vocab() != vocabulary.generator_tokenizer().get_vocab()
 
 
@@ -272,6 +342,21 @@ def test_the_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "http" not in page
     assert json.loads((tmp_path / "report.json").read_text())["seeds"] == [0, 1]
     assert (tmp_path / "pictures" / "rewards.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_long_answers_in_the_smallest_run(tmp_path: Path) -> None:
+    """Their cast is their own; ensembles and weaker verifiers are of it; decided by samples."""
+    world = ["--smoke", "--out", str(tmp_path), "--workers", "0", "--seeds", "2"]
+    only = ("harder: sequence", "harder: sequence, three", "harder: sequence, minus half")
+    main([*world, "--group", "harder", *(x for name in only for x in ("--only", name))])
+    models_ = {file.name for file in (tmp_path / "models-long").iterdir()}
+    assert models_ >= {f"verifier-3-{seed}.safetensors" for seed in range(3)}
+    assert "verifier-2-0.safetensors" in models_
+    assert not (tmp_path / "models").exists()
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert "total" in found["rows"]["harder: sequence"]["tasks"]
+    assert found["rows"]["base, long answers"]["sampled"][0] == 0
+    assert found["decisions"]["harder"][0]["seeds"] == 2
 
 
 def test_grammar_knows_its_own_sentences() -> None:
