@@ -136,6 +136,36 @@ def test_against(
         )
 
 
+@pytest.mark.parametrize("baseline", ["naive", "ours", "ours, singly, none kept"])
+def test_rollouts_that_come_singly(
+    baseline: str,
+    benchmark,
+    quick: bool,
+    measured: Measure,
+    ratio_table: Callable[[str, str, str, str, str], None],
+) -> None:
+    """What keeping a prompt between calls is worth."""
+    shape = QUICK if quick else SHAPES["body-heavy"]
+    ours = measured(shape, "ours, singly")
+    theirs = benchmark.pedantic(measured, args=(shape, baseline), rounds=1)
+    errors = np.abs(np.subtract(ours["logprobs"], theirs["logprobs"]))
+    assert errors.max() <= AGREEMENT
+    if quick:
+        return
+    for label, field, scale, unit in (
+        ("CPU", "cpu_seconds", 1, "s"),
+        ("extra memory", "extra_bytes", 1e-6, "MB"),
+    ):
+        benchmark.extra_info[label] = {"ours": ours[field], "baseline": theirs[field]}
+        ratio_table(
+            "verifier",
+            f"body-heavy, one response a call, {label}, {baseline}",
+            f"{ours[field] * scale:.4g} {unit}",
+            f"{theirs[field] * scale:.4g} {unit}",
+            f"{ours[field] / theirs[field]:.3f}",
+        )
+
+
 @pytest.mark.parametrize("what", GROWTH)
 def test_growth(
     what: str,

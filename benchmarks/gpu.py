@@ -237,7 +237,8 @@ def measure(
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention
         )
-    verifier = TransformersVerifier(model, tokenizer, name=name, **own)
+    # The same prompts are read again in every round, as those of new updates would be.
+    verifier = TransformersVerifier(model, tokenizer, name=name, prompt_cache_mb=0, **own)
     if not verifier.frozen.shares:
         raise SystemExit(f"{name} {options}: prompts are not shared; see the warning above")
     cme = CrossModelEntropy(verifier, generator)

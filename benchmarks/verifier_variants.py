@@ -149,12 +149,24 @@ def ours(model: Any, tokenizer: Any, **options: Any) -> Score:
     return lambda prompt, responses: verifier.logprobs([prompt] * len(responses), responses)
 
 
+def singly(**options: Any) -> Callable[[Any, Any], Score]:
+    """Ours, asked for one response at a time, as rollouts end."""
+
+    def prepare(model: Any, tokenizer: Any) -> Score:
+        score = ours(model, tokenizer, **options)
+        return lambda prompt, responses: [score(prompt, [row])[0] for row in responses]
+
+    return prepare
+
+
 VARIANTS: dict[str, Callable[..., Score]] = {
     "naive": naive,
     "trl": trl,
     "lm-eval, batches of 8": lm_eval(8),
     "lm-eval, batches of 1": lm_eval(1),
     "ours": ours,
+    "ours, singly": singly(),
+    "ours, singly, none kept": singly(prompt_cache_mb=0),
 }
 
 

@@ -40,13 +40,20 @@ class LRU(Generic[Value]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def get(self, key: Hashable, make: Callable[[], Value], weight: int) -> Value:
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
+    def get(
+        self, key: Hashable, make: Callable[[], Value], weight: int | Callable[[Value], int]
+    ) -> Value:
         """The value of `key`, made if it is not there. What `make` raises is not remembered."""
         with self._turn:
             if key in self._values:
                 self._values.move_to_end(key)
                 return self._values[key][0]
         value = make()
+        if not isinstance(weight, int):
+            weight = weight(value)
         with self._turn:
             if key not in self._values and weight <= self.weight:
                 self._values[key] = value, weight

@@ -1,7 +1,7 @@
 """A verifier that runs in this process: any causal language model of ``transformers``.
 
-Responses to one prompt are scored from one cached pass over it where that saves enough, the
-others in padded batches of like length.
+Responses to one prompt are scored from one cached pass over it where that saves enough, in later
+calls too, the others in padded batches of like length.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from cme_reward.verifiers import passes
 from cme_reward.verifiers.base import Closes, TokenIds
 from cme_reward.verifiers.frozen import FrozenModel, input_device, length_limit
 from cme_reward.verifiers.offload import OffloadedWeights
+from cme_reward.verifiers.prefixes import Prefixes
 from cme_reward.verifiers.pretrained import choose_attention, load_trained, load_untrained
 from cme_reward.verifiers.whole import check_whole
 
-# Below this saving in tokens, batching across prompts beats running a prompt on its own.
-WORTH_SHARING = 1.1
 OWN_OPTIONS = (
-    "max_length", "batch_tokens", "head_rows", "head_dtype", "compile", "offload", "name",
+    "max_length", "batch_tokens", "head_rows", "head_dtype", "compile", "offload",
+    "prompt_cache_mb", "name",
 )  # fmt: skip
 
 
@@ -49,6 +49,9 @@ class TransformersVerifier(Closes):
             The first calls then take longer, up to minutes.
         offload: `"between_calls"` keeps the weights in CPU memory while no call is in progress.
             Nothing to do, and harmless, where the model runs on the CPU.
+        prompt_cache_mb: most MB of prompts kept between calls, those used last, so that rollouts
+            which come one by one share their prompt as those of a batch do; 0, or offloaded
+            weights, keep none. Weights that are changed through `.data` are not noticed.
         name: how reports call this verifier.
 
     Calls from several threads take turns. A process that forks off computes in one thread.
@@ -69,6 +72,7 @@ class TransformersVerifier(Closes):
         head_dtype: torch.dtype | str | None = None,
         compile: bool | str = False,
         offload: str | None = None,
+        prompt_cache_mb: int = 256,
         name: str | None = None,
     ) -> None:
         self.name = name or f"hf:{model.config.name_or_path or type(model).__name__}"
@@ -80,6 +84,8 @@ class TransformersVerifier(Closes):
             )
         if any(limit is not None and limit < 1 for limit in (head_rows, batch_tokens)):
             raise ConfigError(f"{batch_tokens=} and {head_rows=} must both be at least 1")
+        if prompt_cache_mb < 0:
+            raise ConfigError(f"{prompt_cache_mb=}: expected MB, or 0 to keep no prompts")
         if head_dtype not in (None, "float32", torch.float32):
             raise ConfigError(
                 f"{head_dtype=}: expected 'float32', or None to compute logits as the model does"
@@ -109,6 +115,8 @@ class TransformersVerifier(Closes):
         self.vocab_size = self.frozen.vocab_size
         batch_tokens = batch_tokens or passes.batch_tokens(self.frozen.device)
         self.batch_tokens = 1 if self.frozen.alone else batch_tokens
+        kept = 0 if isinstance(self.resident, OffloadedWeights) else prompt_cache_mb
+        self._prefixes = Prefixes(self.frozen, self.batch_tokens, kept * 10**6)
         self._turn = Lock()
         renew_after_fork(self, TransformersVerifier._renew)
 
@@ -216,22 +224,15 @@ class TransformersVerifier(Closes):
         asked: list[tuple[list[int], torch.Tensor]] = []
         loose: list[int] = []
         for members in groups.values():
-            prompt = prompts_B[members[0]]
-            if self._worth_sharing(len(prompt), [len(responses_B[i]) for i in members]):
-                # The last prompt token stays out of the cache: it predicts response token 0.
-                cache = self.frozen.prefix(prompt[:-1])
+            prompt, sizes = prompts_B[members[0]], [len(responses_B[i]) for i in members]
+            cache = self._prefixes.of(prompt, sizes, only=len(groups) == 1)
+            if cache is not None:
                 contexts = dict.fromkeys(members, prompt[-1:])
                 asked += self._ask(members, contexts, responses_B, cache)
             else:
                 loose += members
         asked += self._ask(loose, prompts_B, responses_B)
         return self._received(asked, responses_B)
-
-    def _worth_sharing(self, prompt_length: int, response_lengths: list[int]) -> bool:
-        """Whether G(P+R) / (P+GR), tokens without over tokens with a shared prompt, is enough."""
-        alone = prompt_length * len(response_lengths) + sum(response_lengths)
-        shared = prompt_length + sum(response_lengths)
-        return self.frozen.shares and prompt_length > 1 and alone >= WORTH_SHARING * shared
 
     def _ask(
         self,
