@@ -81,6 +81,9 @@ class Candidate:
     """Share of the sequence level's advantage in that of the token level."""
     gate: bool = False
     """Token advantages count where their sign is that of the response's (SG-OPD, 2606.09304)."""
+    centre: bool = False
+    """The mean reward of all tokens of the prompt's rollouts is subtracted from each, so that a
+    return does not depend on length (the differential return of average-reward learning)."""
     astray: bool = False
     """A control: what a verifier gives that is asked about another prompt."""
     spread: float | None = None
@@ -99,6 +102,8 @@ class Candidate:
     def advantages(self, batch: CMEBatch, groups: Sequence[int]) -> torch.Tensor:
         if self.worst:
             batch = replace(batch, sequence_rewards=self._softly_worst(batch))
+        if self.centre:
+            batch = replace(batch, token_rewards=centred(batch, groups))
         own_BT = batch.advantages(groups)
         if not (self.blend or self.gate):
             return own_BT
@@ -124,6 +129,16 @@ def next_prompts(prompts: Rows) -> Rows:
         raise ValueError(f"{len(kinds)} different prompts in a batch; expected two at least")
     after = dict(zip(kinds, [*kinds[1:], kinds[0]], strict=True))
     return [after[key] for key in keys]
+
+
+def centred(batch: CMEBatch, groups: Sequence[int]) -> torch.Tensor:
+    """Token rewards `[B, T]` in nats less their mean over the group's tokens; 0 where masked."""
+    group_B = torch.tensor(groups)
+    sums_G = torch.zeros(int(group_B.max()) + 1, 2, dtype=torch.float64)
+    own_B2 = torch.stack([batch.token_rewards.sum(1), batch.mask.sum(1)], dim=1)
+    sums_G = sums_G.index_add(0, group_B, own_B2.double())
+    mean_B1 = (sums_G[:, 0] / sums_G[:, 1].clamp(min=1))[group_B][:, None]
+    return torch.where(batch.mask, batch.token_rewards - mean_B1, 0).to(batch.token_rewards.dtype)
 
 
 def bounded_power(logp: np.ndarray, power: float) -> np.ndarray:

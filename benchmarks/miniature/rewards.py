@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ import torch
 from benchmarks.miniature.candidates import Candidate
 from benchmarks.miniature.cast import CAPABILITIES, META_QUESTION, META_TEMPLATE, Cast
 from benchmarks.miniature.conditions import Condition
-from cme_reward import CMEConfig
+from benchmarks.miniature.evaluate import text_of
+from benchmarks.miniature.tasks import grade
+from cme_reward import CMEConfig, group_advantages
 from cme_reward.comparators import (
     MetaQuestion,
     call_reward,
@@ -65,7 +68,24 @@ def reward(condition: Condition, cast: Cast, policy: Any) -> Any:
 
 def advantages(condition: Condition, cast: Cast, policy: Any) -> Advantages:
     """`(prompts, prompt_ids, response_ids, groups) -> advantages [B, T]` of a condition."""
+    if condition.reward == "oracle":
+        return partial(marked, cast.tokenizer(condition.regime))
     return given_by(reward(condition, cast, policy), condition.candidate, policy)
+
+
+def marked(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    prompt_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    groups: Sequence[int],
+) -> torch.Tensor:
+    """GRPO's advantages `[B, T]` of the program's grades: what a learning rate is to allow."""
+    texts = (text_of(tokenizer, ids) for ids in response_ids)
+    grades_B1 = torch.tensor([[grade(p, text)] for p, text in zip(prompts, texts, strict=True)])
+    return group_advantages(grades_B1, torch.ones_like(grades_B1), groups).expand(
+        -1, max(map(len, response_ids))
+    )
 
 
 def given_by(scorer: Any, candidate: Candidate, policy: Any) -> Advantages:

@@ -18,7 +18,7 @@ from trl_tiny import tokenizer as other_tokenizer
 from benchmarks.grpo import Settings, divergence, train
 from benchmarks.miniature import decide, evaluate, grammar, models, rewards, tasks, vocabulary
 from benchmarks.miniature.__main__ import SMALL, main
-from benchmarks.miniature.candidates import Candidate, next_prompts, soft_minimum
+from benchmarks.miniature.candidates import Candidate, centred, next_prompts, soft_minimum
 from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.demo import main as main_of_demo
@@ -255,6 +255,28 @@ def test_several_verifiers_by_hand() -> None:
     ):
         found = change.verifier(strong, [other]).logprobs([[1]], [[2, 3]])
         assert found[0] == pytest.approx(expected)
+
+
+def test_centred_rewards_by_hand() -> None:
+    batch: Any = SimpleNamespace(
+        token_rewards=torch.tensor([[-1.0, -3, 0], [-8, 0, 0], [-5, -7, 0]]),
+        mask=torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0]]).bool(),
+    )
+    # Of the first group's three tokens the mean is -4, of the second's -6.
+    expected = [[3, 1, 0], [-4, 0, 0], [1, -1, 0]]
+    assert centred(batch, [0, 0, 1]).tolist() == expected
+    nothing: Any = SimpleNamespace(token_rewards=torch.zeros(1, 2), mask=torch.zeros(1, 2).bool())
+    assert centred(nothing, [0]).tolist() == [[0, 0]]
+
+
+def test_the_oracle_knows_the_grades() -> None:
+    tokenizer = vocabulary.generator_tokenizer()
+    texts = ("13+9=22 22+4=26", "13+9=22")
+    ids = [[*tokenizer(text)["input_ids"], EOS] for text in texts]
+    found = rewards.marked(tokenizer, ["total: 13+9+4\n"] * 2, [[5], [5]], ids, [0, 0])
+    assert found.shape == (2, len(ids[0]))
+    # Grades 1 and 0: mean 0.5, sample deviation 0.7071, eps 0.1.
+    assert found[:, 0].tolist() == pytest.approx([0.5 / 0.80711, -0.5 / 0.80711], abs=1e-4)
 
 
 def test_the_divergence_is_grpos() -> None:
