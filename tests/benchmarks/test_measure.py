@@ -65,7 +65,7 @@ def test_two_policies_from_end_to_end(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, scale in (("before", 1.0), ("after", 3.0)):
-        policy = tiny.policy()
+        policy: Any = tiny.policy()
         with torch.no_grad():
             policy.get_input_embeddings().weight.mul_(scale)
         policy.save_pretrained(name)
@@ -82,10 +82,10 @@ def test_two_policies_from_end_to_end(
     made = {row["prompt"]: row for row in answers}
     texts = [made[row["prompt"]]["response"] for row in rows]
     # By hand, in one pass of the model over each text.
-    policy = TransformersVerifier.from_pretrained("before", dtype="float32")
-    tokenizer: Any = policy.tokenizer
-    model: Any = policy.model
-    end = CrossModelEntropy(policy).members[0].format.end_of_turn
+    loaded = TransformersVerifier.from_pretrained("before", dtype="float32")
+    tokenizer: Any = loaded.tokenizer
+    model: Any = loaded.model
+    end = CrossModelEntropy(loaded).members[0].format.end_of_turn
     assert end is not None
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": rows[0]["prompt"]}], add_generation_prompt=True
