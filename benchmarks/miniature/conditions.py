@@ -132,6 +132,7 @@ def _horizon() -> list[Condition]:
         ten("token, EOS masked", eos="mask"),
         ten("token, eps 1e-4", eps=1e-4),
         ten("token, not divided", scale="none"),
+        ten("token, white space kept", whitespace="keep"),
     ]
 
 
@@ -220,6 +221,10 @@ def _harder() -> list[Condition]:
         harder("sequence, minus half a weaker one", Candidate(minus=0.5), **sequence),
         harder("sequence, KL 0.01", kl=0.01, **sequence),
         harder("sequence, KL 0.1", kl=0.1, **sequence),
+        harder("1,000 updates, token", steps=1000),
+        harder("1,000 updates, token, white space kept", steps=1000, whitespace="keep"),
+        harder("1,000 updates, sequence", steps=1000, **sequence),
+        harder("1,000 updates, sequence, policy baseline", steps=1000, **sequence, **policy),
     ]
 
 

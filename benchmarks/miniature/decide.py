@@ -30,6 +30,7 @@ PAIRS = {
         ("token, EOS masked", "token"),
         ("token, eps 1e-4", "token"),
         ("token, not divided", "token"),
+        ("token, white space kept", "token"),
     ),
     "screen": (
         ("sequence", "token"),
@@ -78,6 +79,10 @@ PAIRS = {
         ("sequence, minus half a weaker one", "sequence"),
         ("sequence, KL 0.01", "sequence"),
         ("sequence, KL 0.1", "sequence"),
+        ("1,000 updates, token, white space kept", "1,000 updates, token"),
+        ("1,000 updates, sequence", "1,000 updates, token"),
+        ("1,000 updates, sequence", "1,000 updates, token, white space kept"),
+        ("1,000 updates, sequence, policy baseline", "1,000 updates, sequence"),
     ),
 }
 """What is compared with what, in each group: named before their runs."""
