@@ -204,8 +204,10 @@ def _of_reading(
 def _of_responses(sequence_B: Float64, layout: Layout) -> dict[str, float]:
     """Metrics of the responses themselves."""
     lengths_B = layout.sums(layout.sampled_N, layout.row_N)
+    blank_B = layout.sums(layout.spread(layout.kinds == BLANK), layout.row_N)
     return {
         "repetition": repetition(layout.sampled_ids),
+        "whitespace": mean(blank_B / np.maximum(lengths_B, 1)),
         "length_correlation": length_correlation(sequence_B, lengths_B),
     }
 

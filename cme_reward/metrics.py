@@ -38,6 +38,7 @@ METRICS = {
     ),
     "truncated": Metric("responses", "sum", "responses that the verifier's context did not hold"),
     "repetition": Metric("share", "mean", "of a response's 4-grams, those that it had before"),
+    "whitespace": Metric("share", "mean", "of a response's tokens, those of white space only"),
     "length_correlation": Metric(
         "-1 to 1", "batch", "Pearson correlation of sequence reward and length; 0 without a spread"
     ),

@@ -55,6 +55,15 @@ def _repetition(series: Series) -> Iterator[str]:
         )
 
 
+def _whitespace(series: Series) -> Iterator[str]:
+    first, last = ends(series)
+    if last >= first + 0.1:
+        yield (
+            f"White space went from {first:.0%} to {last:.0%} of the tokens: without a reward of "
+            'its own nothing speaks against it. Try whitespace="keep".'
+        )
+
+
 def _entropy(series: Series) -> Iterator[str]:
     first, last = ends(series)
     if first > 0 and last <= 0.5 * first:
@@ -97,6 +106,7 @@ def _unclosed(series: Series) -> Iterator[str]:
 RULES: list[tuple[str, Callable[[Series], Iterator[str]]]] = [
     (LENGTH, _length),
     (r"cme/repetition$", _repetition),
+    (r"cme/whitespace$", _whitespace),
     (ENTROPY, _entropy),
     (r"cme/(token_reward_std|credited)$", _spread),
     (r"cme/coverage$", _coverage),

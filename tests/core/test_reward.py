@@ -412,6 +412,7 @@ def test_metrics_by_hand() -> None:
     batch = cme(["p", "p"], rows)
     # "abab..." has 7 4-grams, of which 2 are distinct: 5/7 repeated; "a b" has none.
     assert batch.metrics["repetition"] == pytest.approx((5 / 7 + 0) / 2)
+    assert batch.metrics["whitespace"] == pytest.approx((0 + 1 / 3) / 2)  # "a", " ", "b"
     assert batch.metrics["coverage"] == 1
     assert batch.metrics["verifier_tokens_per_token"] == 1
     rewards = batch.token_rewards[batch.mask]

@@ -96,6 +96,7 @@ def test_a_real_run_of_trl(tmp_path: Path) -> None:
 HEALTHY = {
     "completions/mean_length": [100, 110, 95, 120],
     "cme/repetition": [0.02, 0.03, 0.04, 0.03],
+    "cme/whitespace": [0.12, 0.15, 0.2, 0.21],
     "entropy": [2.0, 1.8, 1.6, 1.4],
     "cme/token_reward_std": [3, 2.5, 2, 2],
     "cme/credited": [0.9, 0.8, 0.9, 0.8],
@@ -108,6 +109,7 @@ ILL = {
     "completions/mean_length": ([100, 60, 20, 10], "from 100 to 10 tokens"),
     "response_length/mean": ([10, 12, 15, 16], "from 10 to 16 tokens"),
     "cme/repetition": ([0.02, 0.1, 0.2, 0.3], "from 2.0% to 30.0%"),
+    "cme/whitespace": ([0.1, 0.2, 0.5, 0.8], "from 10% to 80%"),
     "actor/entropy": ([2.0, 1.0, 0.6, 0.5], "from 2 to 0.5 nats"),
     "cme/token_reward_std": ([3, 1, 0.5, 0.1], "nothing is learnt"),
     "cme/credited": ([0.9, 0.5, 0.1, 0.05], "nothing is learnt"),
