@@ -7,7 +7,7 @@ set -eu
 
 # A verifier that is served already needs no GPU of ours: CME_VERIFIER=vllm:http://host:8000
 : "${CME_VERIFIER:=hf:google/gemma-3-1b-it}"
-# Rollouts of a step that cme-reward report shows: cme-reward report cme-run/tensorboard
+# Rollouts of a step that cme-reward report shows.
 : "${CME_SAMPLES:=4}"
 export CME_VERIFIER CME_SAMPLES
 
