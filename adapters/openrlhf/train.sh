@@ -7,7 +7,9 @@ set -eu
 
 # A verifier that is served already needs no GPU of ours: CME_VERIFIER=vllm:http://host:8000
 : "${CME_VERIFIER:=hf:google/gemma-3-1b-it}"
-export CME_VERIFIER
+# Rollouts of a step that cme-reward report shows.
+: "${CME_SAMPLES:=4}"
+export CME_VERIFIER CME_SAMPLES
 
 # 5,000 prompts x 8 rollouts / 128 = 312 updates, of which the first 20 (0.0641) warm up.
 exec python -m cme_reward.openrlhf \
@@ -43,4 +45,5 @@ exec python -m cme_reward.openrlhf \
     --ds.zero_stage 2 \
     --ckpt.output_dir cme-run \
     --ckpt.path cme-run/checkpoints \
+    --logger.tensorboard_dir cme-run/tensorboard \
     "$@"

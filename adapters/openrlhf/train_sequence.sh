@@ -5,4 +5,6 @@
 # (cme-reward serve) and give --reward.remote_url http://a:8000/get_reward,http://b:8000/get_reward.
 set -eu
 cd "$(dirname "$0")"
+# Rollouts are kept with per-token rewards alone.
+export CME_SAMPLES=0
 exec sh ./train.sh --reward.remote_url "$PWD/reward_func.py" "$@"

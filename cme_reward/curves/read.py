@@ -107,7 +107,7 @@ def _of_folder(path: Path) -> Iterable[Mapping[str, Any]]:
         return _of_file(max(states, key=lambda file: file.stat().st_mtime))
     if any(path.rglob("*tfevents*")):
         return _of_events(path)
-    logs = sorted(file for file in path.glob("*.jsonl") if file.name != SAMPLES)
+    logs = sorted(file for file in path.glob("*.jsonl") if not file.name.endswith(SAMPLES))
     if len(logs) == 1:
         return _of_file(logs[0])
     raise InputError(

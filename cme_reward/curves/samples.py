@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,42 +29,76 @@ def is_due(step: int) -> bool:
     return step % max(1, 1 << max(0, step.bit_length() - PER_DOUBLING.bit_length())) == 0
 
 
-def keep(folder: Path, step: int, prompts: Sequence[Prompt], response_ids: Sequence[Sequence[int]],
-         batch: CMEBatch, scorer: Any, n: int) -> None:  # fmt: skip
-    """Append the first response to each of `n` prompts to the file in `folder`.
+@dataclass(frozen=True)
+class Kept:
+    """A response, as a line of the file has it."""
+
+    prompt: Prompt
+    tokens: list[str]
+    token_logprobs: list[float]
+    """The verifier's, aligned, in nats; one for each token."""
+    mask: list[bool]
+    """True where a token has a reward."""
+    sequence_reward: float
+    dropped_nats: float
+
+
+def of_batch(prompt: Prompt, ids: Sequence[int], batch: CMEBatch, b: int, table: Any) -> Kept:
+    """The response `b` of a batch, whose sampled ids have their texts in `table`."""
+    return Kept(
+        prompt,
+        table.tokens(ids),
+        batch.token_logprobs[b, : len(ids)].tolist(),
+        batch.mask[b, : len(ids)].tolist(),
+        float(batch.sequence_rewards[b]),
+        float(batch.dropped_nats[b]),
+    )
+
+
+class Picked:
+    """One response to each of `n` prompts, of responses that come one at a time.
 
     The prompts are those with the lowest hashes: of the same ones, as in every evaluation and
     every epoch of a small file, the same are taken, so that a report sets their responses beside
     each other.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._best: dict[bytes, tuple[Any, Any]] = {}
+
+    def offer(self, prompt: Prompt, order: Any, response: Any) -> None:
+        """Of the responses to a prompt, that of the lowest `order` is picked."""
+        text = json.dumps(prompt, sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).digest()
+        if key not in self._best or order < self._best[key][0]:
+            self._best[key] = order, response
+        if len(self._best) > self.n:
+            del self._best[max(self._best)]
+
+    def take(self) -> list[Any]:
+        """The responses picked since the last call."""
+        best, self._best = self._best, {}
+        return [best[key][1] for key in sorted(best)]
+
+
+def keep(file: Path, step: int, responses: Sequence[Kept]) -> None:
+    """Append responses to a file, which is made where there is none, folders included.
 
     Args:
-        folder: the run's.
+        file: `FILE` in the folder of a run, or what `beside` says.
         step: updates before these responses were sampled.
-        prompts: B of them.
-        response_ids: B lists of sampled ids.
-        batch: their rewards.
-        scorer: gave them; its `table` has the tokens' texts.
-        n: how many prompts.
+        responses: of one process alone, so that no lines mix.
     """
-    first: dict[str, int] = {}
-    for b, prompt in enumerate(prompts):
-        first.setdefault(json.dumps(prompt, sort_keys=True, default=str), b)
-    chosen = sorted(first, key=lambda key: hashlib.sha256(key.encode()).digest())[:n]
-    lines = []
-    for b in (first[key] for key in chosen):
-        size = len(response_ids[b])
-        lines.append({
-            "step": step,
-            "prompt": prompts[b],
-            "tokens": scorer.table.tokens(response_ids[b]),
-            "token_logprobs": batch.token_logprobs[b, :size].tolist(),
-            "mask": batch.mask[b, :size].tolist(),
-            "sequence_reward": float(batch.sequence_rewards[b]),
-            "dropped_nats": float(batch.dropped_nats[b]),
-        })  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FILE).open("ab") as stream:
-        stream.write("".join(json.dumps(line, default=str) + "\n" for line in lines).encode())
+    lines = [json.dumps({"step": step, **asdict(kept)}, default=str) + "\n" for kept in responses]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as stream:
+        stream.write("".join(lines).encode())
+
+
+def beside(log: Path) -> Path:
+    """The samples of a run whose log is a file among those of other runs."""
+    return log.with_name(f"{log.stem}.{FILE}")
 
 
 @dataclass(frozen=True)
@@ -81,14 +115,27 @@ def read(run: Path) -> list[Sample]:
     What was sampled again after a run went on from a checkpoint replaces what was there. A line
     that a kill has cut off is left out.
     """
+    found: dict[tuple[int, str], Sample] = {}
+    for file in sorted(set(_files(run))):
+        for sample in _of_lines(file.read_bytes().splitlines()):
+            found[sample.step, sample.view.prompt] = sample
+    return sorted(found.values(), key=lambda sample: sample.step)
+
+
+def _files(run: Path) -> Iterator[Path]:
+    """As `read_run` looks for logs: a file's own, a folder's, those beside TensorBoard's events."""
+    if run.is_file() and beside(run).is_file():
+        yield beside(run)
+        return
     folder = run if run.is_dir() else run.parent
     if folder.name.startswith("checkpoint-"):
         folder = folder.parent
-    found: dict[tuple[int, str], Sample] = {}
     if (folder / FILE).is_file():
-        for sample in _of_lines((folder / FILE).read_bytes().splitlines()):
-            found[sample.step, sample.view.prompt] = sample
-    return sorted(found.values(), key=lambda sample: sample.step)
+        yield folder / FILE
+    if run.is_dir():
+        yield from folder.glob(f"*.{FILE}")
+        places = {events.parent / FILE for events in folder.rglob("*tfevents*")}
+        yield from (file for file in places if file.is_file())
 
 
 def _of_lines(lines: list[bytes]) -> Iterator[Sample]:

@@ -9,7 +9,7 @@ from openrlhf.utils import agent as base  # type: ignore
 
 from cme_reward.conversation.rendered import RenderedReader
 from cme_reward.errors import ConfigError
-from cme_reward.openrlhf.score import make_scorer, prompt_of, score_rollout
+from cme_reward.openrlhf.score import make_scorer, prompt_of, score_rollout, shown
 from cme_reward.openrlhf.settings import load_settings
 from cme_reward.openrlhf.verifier import open_verifier
 
@@ -43,12 +43,19 @@ class _Scored:
             prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, *args, **kwargs
         )
         scorer, reader = await self._scorer(hf_tokenizer)
-        rendered = _shown(output, prompt, hf_tokenizer)
+        ranges = output["action_ranges"]
+        seen = list(output["observation_tokens"][: ranges[0][0]]) if ranges else []
+        rendered = shown(hf_tokenizer, prompt, seen)
         messages = await asyncio.to_thread(
             prompt_of, reader, rendered, label if rendered == prompt else None
         )
         return await score_rollout(
-            scorer, messages, output, max_length, self._settings.environment_weight
+            scorer,
+            messages,
+            output,
+            max_length,
+            self._settings.environment_weight,
+            samples=self._settings.samples > 0,
         )
 
     async def _scorer(self, tokenizer: Any) -> tuple[Any, RenderedReader]:
@@ -66,17 +73,6 @@ class _Scored:
 
     def _make(self, tokenizer: Any) -> tuple[Any, RenderedReader]:
         return make_scorer(self._settings, self._verifier, tokenizer), RenderedReader(tokenizer)
-
-
-def _shown(output: dict[str, Any], prompt: str, tokenizer: Any) -> str:
-    """The rendered prompt the policy saw: an environment's `reset` may have written another."""
-    ranges = output["action_ranges"]
-    seen = list(output["observation_tokens"][: ranges[0][0]]) if ranges else []
-    whole = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
-    # Over-long prompts were cut on the left; the verifier reads them whole.
-    if not seen or whole[-len(seen) :] == seen:
-        return prompt
-    return tokenizer.decode(seen, skip_special_tokens=False)
 
 
 class AgentExecutor(_Scored, base.SingleTurnAgentExecutor):

@@ -20,11 +20,15 @@ DOTTED = (0, 10, 2)
 KEY = "cme_token_rewards"
 """In an agent's `extra_logs`: token rewards, a list on the axis of actions, NaN where masked."""
 
+LOGPROBS = "cme_token_logprobs"
+"""Likewise, where samples are kept: the verifier's log-probs of a response, NaN outside it."""
+
 FLAT = {
     "actor.model_name_or_path": "pretrain",
     "actor.policy_loss_type": "policy_loss_type",
     "algo.advantage.estimator": "advantage_estimator",
     "algo.kl.init_coef": "init_kl_coef",
+    "ckpt.output_dir": "save_path",
     "data.disable_fast_tokenizer": "disable_fast_tokenizer",
     "data.max_images_per_prompt": "max_images_per_prompt",
     "reward.clip_range": "reward_clip_range",

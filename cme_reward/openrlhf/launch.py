@@ -43,6 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
                 f"level='token' and {flag('reward.remote_url')} do not go together: a reward "
                 "function returns one number per response. Leave one of them out"
             )
+        if not per_token and settings.samples:
+            raise ConfigError(
+                f"samples={settings.samples} and {flag('reward.remote_url')} do not go together: "
+                "rollouts are kept with per-token rewards. Leave one of them out"
+            )
     if per_token:
         if _value(arguments, "train.agent_func_path") is None:
             file = Path(__file__).with_name("agent.py")

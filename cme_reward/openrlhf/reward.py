@@ -74,6 +74,11 @@ def _scorer() -> tuple[Any, RenderedReader]:
                         "only: train with --train.agent_func_path (see docs/openrlhf.md), or leave "
                         f"{name} out"
                     )
+            if settings.samples:
+                raise ConfigError(
+                    f"samples={settings.samples} is for the trainer with per-token rewards: a "
+                    "reward function knows neither the step nor the log; leave CME_SAMPLES out"
+                )
             if settings.generator_tokenizer is None:
                 raise ConfigError(
                     "the policy's tokenizer is not known: set CME_GENERATOR_TOKENIZER to what "

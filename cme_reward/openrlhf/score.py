@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
@@ -15,7 +16,7 @@ from cme_reward.conversation.messages import Prompt
 from cme_reward.conversation.rendered import RenderedReader, messages_from_label
 from cme_reward.errors import ConfigError
 from cme_reward.metrics import names
-from cme_reward.openrlhf.checks import KEY
+from cme_reward.openrlhf.checks import KEY, LOGPROBS
 from cme_reward.openrlhf.settings import Settings
 from cme_reward.reward import CrossModelEntropy
 
@@ -39,6 +40,16 @@ def prompt_of(reader: RenderedReader, rendered: str, label: Any) -> Prompt:
     """
     messages = messages_from_label(label)
     return reader.prompt(rendered) if messages is None else messages
+
+
+def shown(tokenizer: Any, prompt: str, seen: Sequence[int]) -> str:
+    """The rendered prompt the policy saw, as ids: an environment's `reset` may have written another
+    than `prompt`."""
+    whole = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
+    # Over-long prompts were cut on the left; the verifier reads them whole.
+    if not seen or whole[-len(seen) :] == list(seen):
+        return prompt
+    return tokenizer.decode(seen, skip_special_tokens=False)
 
 
 def in_unit_interval(sequence_reward: float) -> float:
@@ -91,8 +102,12 @@ async def score_rollout(
     output: dict[str, Any],
     max_length: int,
     environment_weight: float,
+    *,
+    samples: bool = False,
 ) -> dict[str, Any]:
     """An executor's output with cross-model entropy as its reward, token by token.
+
+    Where `samples` are kept, what they show is carried beside it.
 
     Raises:
         ConfigError: for `baseline="policy"` where OpenRLHF does not keep the policy's log-probs.
@@ -122,13 +137,20 @@ async def score_rollout(
     rewards, scored = batch.token_rewards[0].double().numpy()[own], batch.mask[0].numpy()[own]
     add_to_response(rewards, scored, bonus, scorer.config)
     length = min(len(output["observation_tokens"]), max_length)
-    row = np.full(length, np.nan)
-    row[start : start + len(ids)] = np.where(scored, rewards, np.nan)
-    logs = dict(output.get("extra_logs") or {})
+
+    def of_actions(values: NDArray[np.float64]) -> list[float]:
+        """On the axis of actions: entry a is about token a + 1."""
+        row = np.full(length, np.nan)
+        row[start : start + len(ids)] = values
+        return row[1:].tolist()
+
+    logs = dict(output.get("extra_logs") or {}) | metrics_of(batch)
+    logs[KEY] = of_actions(np.where(scored, rewards, np.nan))
+    if samples:
+        logs[LOGPROBS] = of_actions(batch.token_logprobs[0].double().numpy()[own])
     output["reward"] = sequence + bonus
     output["scores"] = in_unit_interval(sequence)
-    # The axis of actions: entry a is about token a + 1.
-    output["extra_logs"] = logs | metrics_of(batch) | {KEY: row[1:].tolist()}
+    output["extra_logs"] = logs
     return output
 
 

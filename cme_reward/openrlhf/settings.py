@@ -60,6 +60,10 @@ class Settings:
     """Nats by which one unit of a multi-turn environment's own reward raises the reward of each of
     the response's tokens."""
 
+    samples: int = 0
+    """How many rollouts of a step the trainer keeps beside its log, for the heat maps of
+    `cme-reward report`: of every step at first, then of ever fewer."""
+
     config: CMEConfig = field(default_factory=CMEConfig)
 
     def __post_init__(self) -> None:
@@ -69,6 +73,8 @@ class Settings:
                 f"verifier_options={self.verifier_options!r} must be a mapping, such as "
                 "{dtype: bfloat16}"
             )
+        if self.samples < 0:
+            raise ConfigError(f"samples={self.samples}; expected how many rollouts to keep, or 0")
 
 
 _REWARD = kinds_of(CMEConfig)

@@ -36,7 +36,7 @@ def _checked(init: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         check_arguments(self.strategy.args)
-        self._cme_config = load_settings().config
+        self._cme_settings = load_settings()
 
     return __init__
 
@@ -67,7 +67,7 @@ def _per_token(original: Callable[..., Any]) -> Callable[..., Any]:
         penalties = [e.rewards.double() - b for e, b in zip(experiences, before, strict=True)]
         n = argument(self.strategy.args, "rollout.n_samples_per_prompt")
         groups = [i // n for i in itertools.chain.from_iterable(e.index for e in experiences)]
-        advantages = _advantages(experiences, tokens, penalties, groups, self._cme_config)
+        advantages = _advantages(experiences, tokens, penalties, groups, self._cme_settings.config)
         limits = argument(self.strategy.args, "reward.clip_range")
         beta = max(float(self.kl_ctl.value), 0.0)
         for experience, own_BA, kl in zip(experiences, advantages, kls, strict=True):

@@ -12,7 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from cme_reward.advantages import group_advantages, returns_to_go
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators import PolicyStatistics, needed_statistics, policy_statistics
-from cme_reward.curves.samples import is_due, keep
+from cme_reward.curves.samples import FILE, Picked, is_due, keep, of_batch
 from cme_reward.errors import ConfigError, InputError
 from cme_reward.trl.checks import check_settings, check_tokenizer
 from cme_reward.trl.reward import RewardFunction, score
@@ -158,8 +158,11 @@ class CMEGRPOTrainer(GRPOTrainer):
         first, self._cme_sampled = self._cme_sampled != (mode, step), (mode, step)
         due = first and (mode == "eval" or is_due(step))
         if self._cme_samples and due and self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir or ".")
-            keep(folder, step, prompts, ids, batch, self._cme, self._cme_samples)
+            picked = Picked(self._cme_samples)
+            for b, prompt in enumerate(prompts):
+                picked.offer(prompt, b, b)
+            kept = [of_batch(prompts[b], ids[b], batch, b, self._cme.table) for b in picked.take()]
+            keep(Path(self.args.output_dir or ".") / FILE, step, kept)
 
     def _mode(self) -> tuple[str, int]:
         """What TRL calls the mode, and how many rollouts a prompt has in it."""

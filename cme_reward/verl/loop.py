@@ -18,6 +18,7 @@ from verl.utils.tracking import Tracking
 from cme_reward.errors import InputError, VerifierError
 from cme_reward.verl.metrics import log_along
 from cme_reward.verl.outputs import KEY, attach, describe
+from cme_reward.verl.samples import keeper
 from cme_reward.verl.scorer import actor_metrics, ready, scorer_actor
 from cme_reward.verl.settings import RewardSettings, check_settings
 
@@ -106,8 +107,8 @@ class CMEAgentLoopManager(AgentLoopManagerTQ):
     """veRL's manager with workers that carry a reward for each token.
 
     Named in `actor_rollout_ref.rollout.agent.agent_loop_manager_class`. It lives in the trainer's
-    process: it checks the configuration, loads the verifier before the first step, and adds the
-    reward's metrics to veRL's.
+    process: it checks the configuration, loads the verifier before the first step, adds the
+    reward's metrics to veRL's, and keeps samples beside veRL's log.
 
     Raises:
         ConfigError: for a configuration in which the reward would be lost or changed.
@@ -118,7 +119,7 @@ class CMEAgentLoopManager(AgentLoopManagerTQ):
         self._settings = check_settings(config)
         super().__init__(config, *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(CMEAgentLoopWorker)
-        log_along(Tracking, actor_metrics)
+        log_along(Tracking, actor_metrics, keeper(config) if self._settings.samples else None)
 
     async def _init_agent_loop_workers(self) -> None:
         if self._settings.verifier != "hosted":  # that one sleeps until veRL wakes it

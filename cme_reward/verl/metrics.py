@@ -92,11 +92,16 @@ def note(**metrics: float) -> None:
     _noted.update({f"cme/{name}": value for name, value in metrics.items()})
 
 
-def log_along(tracking: Any, metrics: Callable[[], dict[str, float]]) -> None:
+def log_along(
+    tracking: Any,
+    metrics: Callable[[], dict[str, float]],
+    keep: Callable[[Any, int], None] | None = None,
+) -> None:
     """Add `metrics()`, and what was noted, to everything that veRL's `Tracking` logs.
 
     veRL lets nothing but a validation's rewards add to its own metrics, and one entry per step is
     what its loggers expect; hence in front of `Tracking.log`, in the trainer's process alone.
+    `keep` is called with the `Tracking` and the step of each entry.
     """
     original = getattr(tracking.log, "__wrapped__", tracking.log)
 
@@ -104,6 +109,8 @@ def log_along(tracking: Any, metrics: Callable[[], dict[str, float]]) -> None:
     def log(self: Any, data: dict[str, Any], step: int, backend: Any = None) -> Any:
         added = {**metrics(), **_noted}
         _noted.clear()
+        if keep is not None:
+            keep(self, step)
         return original(self, data={**data, **added}, step=step, backend=backend)
 
     tracking.log = log

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from cme_reward.conversation.messages import Prompt
+from cme_reward.curves.samples import Kept, Picked, of_batch
 from cme_reward.errors import CMEError, ConfigError, VerifierError
 from cme_reward.reward import CrossModelEntropy
 from cme_reward.verifiers import Ensemble, Verifier, load_verifier
 from cme_reward.verifiers.shared import shared
 from cme_reward.verl.channel import write_rewards
 from cme_reward.verl.metrics import BusyClock, Tally
+from cme_reward.verl.outputs import digest
 from cme_reward.verl.settings import RewardSettings
 
 NAME = "cme_reward_scorer"
@@ -67,6 +69,7 @@ class Scorer:
             padded_vocabulary=True,
         )
         self._tallies = {False: Tally(), True: Tally()}
+        self._picked = {validate: Picked(settings.samples) for validate in (False, True)}
         self._failure: str | None = None
 
     async def ready(self) -> str:
@@ -91,6 +94,10 @@ class Scorer:
         counted = rewards[scored if self._cme.config.level == "token" else rewards != 0]
         n_tokens = int(mask[request.start :].sum())
         self._tallies[request.validate].add(batch.metrics, counted, sequence, n_tokens)
+        picked = self._picked[request.validate]
+        if picked.n:
+            # Not the first to come: those are the short ones.
+            picked.offer(request.prompt, digest([], request.ids), (request, batch))
         return {
             "rewards": write_rewards(rewards, scored),
             "sequence": sequence,
@@ -110,6 +117,14 @@ class Scorer:
         if out:
             out["cme/verifier_seconds"] = self._clock.take()
         return out
+
+    async def samples(self) -> dict[bool, list[Kept]]:
+        """Responses picked since the last call, in training (False) and in validation (True)."""
+        table = self._cme.table
+        return {
+            validate: [of_batch(r.prompt, r.ids, batch, 0, table) for r, batch in picked.take()]
+            for validate, picked in self._picked.items()
+        }
 
     async def failure(self) -> str | None:
         """What went wrong last."""
@@ -197,13 +212,22 @@ def failure() -> VerifierError:
 
 def actor_metrics() -> dict[str, float]:
     """The scorer's metrics since the last call; none before the first response."""
+    return _asked("metrics")
+
+
+def actor_samples() -> dict[bool, list[Kept]]:
+    """The scorer's `samples`; none before the first response."""
+    return _asked("samples")
+
+
+def _asked(method: str) -> dict[Any, Any]:
     import ray
 
     try:
         actor = ray.get_actor(NAME)
     except ValueError:
         return {}
-    return ray.get(actor.metrics.remote())
+    return ray.get(getattr(actor, method).remote())
 
 
 def _generator(config: Mapping[str, Any]) -> tuple[Any, list[int]]:

@@ -82,6 +82,10 @@ class RewardSettings:
     start_seconds: float = 600.0
     """Longest wait for the verifier to load."""
 
+    samples: int = 0
+    """How many responses of a step, and of a validation, are kept beside veRL's log, for the heat
+    maps of `cme-reward report`: of every step at first, then of ever fewer."""
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> RewardSettings:
         """From veRL's whole configuration.
@@ -121,6 +125,10 @@ class RewardSettings:
             )
         estimator = EstimatorSettings.from_algorithm(config["algorithm"])
         own = read_settings({**given, "verifier": verifier}, kinds, section="reward.cme")
+        if own.get("samples", 0) < 0:
+            raise ConfigError(
+                f"reward.cme.samples={own['samples']}; expected how many responses to keep, or 0"
+            )
         settings = {name: own.pop(name) for name in of_reward if name in own}
         cme = CMEConfig(**settings, **{name: getattr(estimator, name) for name in ESTIMATOR_ONLY})
         return cls(cme=cme, **own)

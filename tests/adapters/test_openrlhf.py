@@ -6,6 +6,7 @@ The others are in tests/frameworks/openrlhf, which `nox -s openrlhf` runs.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -26,8 +27,10 @@ import cme_reward
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError, load_verifier
 from cme_reward import openrlhf as adapter
 from cme_reward.comparators import REWARDS
+from cme_reward.curves.samples import FILE
 from cme_reward.openrlhf import checks, launch
 from cme_reward.openrlhf import reward as reward_module
+from cme_reward.openrlhf import samples as samples_module
 from cme_reward.openrlhf.score import actions_of, in_unit_interval, make_scorer, score_rollout
 from cme_reward.openrlhf.settings import Settings, load_settings, variables
 from cme_reward.openrlhf.verifier import open_verifier
@@ -196,6 +199,8 @@ def test_a_prompt_that_cannot_be_read_back_is_not_scored(
         ("CME_LEVEL", "token", "level='token' needs the sampled ids"),
         ("CME_BASELINE", "policy", "baseline='policy' needs the sampled ids"),
         ("CME_GENERATOR_TOKENIZER", None, "set CME_GENERATOR_TOKENIZER"),
+        ("CME_SAMPLES", "4", "samples=4 is for the trainer with per-token rewards"),
+        ("CME_SAMPLES", "-1", "samples=-1; expected how many"),
     ],
 )
 def test_settings_that_text_is_not_enough_for(
@@ -254,6 +259,85 @@ def test_an_id_beyond_the_vocabulary_is_not_scored() -> None:
     assert all(map(math.isfinite, row[1:-1]))
     assert got["extra_logs"]["turns"] == 2.0
     assert got["reward"] == pytest.approx(got["extra_logs"]["cme/sequence_reward"])
+
+
+def test_samples_of_a_step(tmp_path: Path) -> None:
+    """The first rollout of a prompt; what the environment pays is in no log-prob."""
+    tokenizer = load_tokenizer("byte-level")
+    verifier = TableVerifier(tokenizer)
+    scorer = make_scorer(Settings(verifier="here"), verifier, tokenizer)
+    prompt = tokenizer(rendered(tokenizer), add_special_tokens=False)["input_ids"]
+    texts = ["five\n 5", "six", "", "seven"]
+    rollouts, wanted = [], []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        output = {
+            "observation_tokens": [*prompt, *ids],
+            "action_ranges": [(len(prompt), len(prompt) + len(ids))] if ids else [],
+            "reward": 3.0,
+        }
+        got = asyncio.run(score_rollout(scorer, ASK, output, 100, 1.0, samples=True))
+        info = {key: torch.tensor([value]) for key, value in got["extra_logs"].items()}
+        given = {"prompts": [rendered(tokenizer)], "labels": ["5"], "info": info}
+        rollouts.append(SimpleNamespace(sequences=torch.tensor([[*prompt, *ids]]), **given))
+        wanted.append(scorer([ASK], [ids]))
+    told: list[tuple[list[Any], int]] = []
+
+    class Trainer:
+        experience_maker = SimpleNamespace(_cme_settings=Settings(verifier="here", samples=1))
+        tensorboard_logger: Any = None
+        args = SimpleNamespace(ckpt=SimpleNamespace(output_dir=str(tmp_path / "out")))
+
+        def __init__(self) -> None:
+            self.tokenizer = tokenizer
+
+        def train_step(self, rollouts: list[Any], global_step: int) -> str:
+            told.append(([*rollouts], global_step))
+            return "done"
+
+    module: Any = SimpleNamespace(BasePPOTrainer=Trainer)
+    for _ in range(2):  # a second time changes nothing
+        samples_module.patch(module)
+    for k, step in enumerate((0, 1, 33)):  # of step 33 none are kept
+        assert Trainer().train_step(rollouts[k:], step) == "done"
+        assert told[-1] == (rollouts[k:], step)
+        for rollout, batch in zip(rollouts, wanted, strict=True):
+            rollout.info[checks.LOGPROBS] = row_of(batch, len(prompt))
+    assert all(checks.KEY in rollout.info for rollout in rollouts)
+    rows = [json.loads(line) for line in (tmp_path / "out" / FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    for row, text, batch in zip(rows, texts, wanted, strict=False):
+        assert row["prompt"] == ASK
+        assert "".join(row["tokens"]) == text
+        assert row["mask"] == batch.mask[0].tolist()
+        assert row["token_logprobs"] == pytest.approx(batch.token_logprobs[0].tolist(), abs=1e-6)
+        assert row["sequence_reward"] == pytest.approx(batch.sequence_rewards.item())
+        assert row["dropped_nats"] == pytest.approx(batch.dropped_nats.item())
+    assert rows[0]["dropped_nats"] > 0
+    assert False in rows[0]["mask"]
+
+    Trainer.tensorboard_logger = SimpleNamespace(
+        writer=SimpleNamespace(log_dir=str(tmp_path / "events"))
+    )
+    Trainer().train_step(rollouts[2:], 2)  # a rollout without a token
+    (row,) = map(json.loads, (tmp_path / "events" / FILE).read_text().splitlines())
+    assert (row["tokens"], row["prompt"]) == ([], ASK)
+    Trainer().train_step([SimpleNamespace(info={})], 3)  # another agent's: the step refuses it
+    assert told[-1][1] == 3
+
+
+def row_of(batch: Any, start: int) -> torch.Tensor:
+    """A response's log-probs on the axis of actions."""
+    before = torch.full((1, start - 1), math.nan)
+    return torch.cat([before, batch.token_logprobs], dim=1)
+
+
+def test_nothing_more_is_carried_where_no_samples_are_kept() -> None:
+    tokenizer = load_tokenizer("byte-level")
+    scorer = make_scorer(Settings(verifier="here"), TableVerifier(tokenizer), tokenizer)
+    output = {"observation_tokens": [5, 5, 6], "action_ranges": [(2, 3)]}
+    got = asyncio.run(score_rollout(scorer, ASK, output, 100, 1.0))
+    assert checks.LOGPROBS not in got["extra_logs"]
 
 
 def test_arguments_in_either_style(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +401,15 @@ def test_the_launcher_names_the_packages_own_agent(
     assert adapter.__file__ is not None
     assert Path(sys.argv[2]).samefile(Path(adapter.__file__).with_name("agent.py"))
     assert sys.argv[3:] == ["--actor.model_name_or_path", "policy"]
+
+
+def test_the_launcher_refuses_samples_of_one_reward_per_response(
+    generator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: "0.11.2")
+    monkeypatch.setenv("CME_SAMPLES", "4")
+    with pytest.raises(ConfigError, match=r"samples=4 and --reward\.remote_url do not"):
+        launch.main(["--reward.remote_url", "reward_func.py"])
 
 
 def test_outside_of_ray_a_verifier_is_loaded_here() -> None:

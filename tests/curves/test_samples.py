@@ -13,7 +13,17 @@ from cme_reward import SpanTable
 from cme_reward.cli.app import app
 from cme_reward.curves.page import render
 from cme_reward.curves.read import Run, Series, read_run
-from cme_reward.curves.samples import FILE, PROMPTS, STEPS, Sample, is_due, read, shown
+from cme_reward.curves.samples import (
+    FILE,
+    PROMPTS,
+    STEPS,
+    Picked,
+    Sample,
+    beside,
+    is_due,
+    read,
+    shown,
+)
 from cme_reward.heatmap.render import ResponseView, TokenView
 
 
@@ -23,6 +33,17 @@ def test_ever_fewer_steps() -> None:
     assert len(due) == 180
     for start in (64, 1024, 8192):
         assert len([step for step in due if start <= step < 2 * start]) == 16
+
+
+def test_the_prompts_with_the_lowest_hashes_in_whatever_order_they_come() -> None:
+    # sha256 of the JSON of "a", "b", "c" begins with ac8d83, c100f9 and 879923.
+    offers = [("a", 2), ("b", 0), ("c", 1), ("a", 1), ("c", 3), ("b", 1)]
+    picked = Picked(2)
+    for order in (offers, offers[::-1]):
+        for prompt, rank in order:
+            picked.offer(prompt, rank, (prompt, rank))
+        assert picked.take() == [("c", 1), ("a", 1)]
+    assert picked.take() == []
 
 
 def line(step: int, prompt: Any = "p", text: str = "a", **more: Any) -> str:
@@ -40,6 +61,25 @@ def test_what_was_sampled_again_replaces_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2").mkdir()
     assert read(tmp_path / "checkpoint-2") == read(tmp_path / "log.jsonl") == found
     assert read(tmp_path.parent) == []
+
+
+def test_samples_are_beside_the_log(tmp_path: Path) -> None:
+    """A folder may hold the logs of several runs, or folders with TensorBoard's events."""
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    for log, text in ((one, "first"), (two, "second")):
+        log.write_text('{"step": 1, "loss": 0.5}\n')
+        beside(log).write_text(line(1, text=text))
+    assert [read(log)[0].view.generator.tokens for log in (one, two)] == [["first"], ["second"]]
+    two.unlink()
+    beside(two).unlink()
+    assert read_run(tmp_path).series.keys() == {"loss"}
+    assert [sample.view.generator.tokens for sample in read(tmp_path)] == [["first"]]
+
+    events = tmp_path / "board" / "ppo_1127T12:00"
+    events.mkdir(parents=True)
+    (events / "events.out.tfevents.1").touch()
+    (events / FILE).write_text(line(2))
+    assert read(tmp_path / "board") == read(events) != []
 
 
 def test_messages_are_shown_as_text(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ import pytest
 import runs
 from server_tools import Program
 from two_turns import observation, pay
+from typer.testing import CliRunner
 
-from cme_reward import CMEConfig
+from cme_reward import CMEConfig, SpanTable
+from cme_reward.cli.app import app
 
 ADAPTERS = Path(__file__).parent.parent.parent.parent / "adapters" / "openrlhf"
 OURS, STOCK = ["cme_reward.openrlhf"], ["openrlhf.cli.train_ppo_ray"]
@@ -62,6 +64,28 @@ def equal(rows: list[Any], expected: dict[int, list[float]]) -> None:
     assert error <= 1e-5
 
 
+def read_samples(file: Path, steps: int) -> list[list[dict[str, Any]]]:
+    """The samples in a file, for each step its rows."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert {row["step"] for row in rows} == set(range(steps))
+    return [[row for row in rows if row["step"] == step] for step in range(steps)]
+
+
+def compare_sample(
+    sample: dict[str, Any],
+    ids: list[int],
+    rewards: list[float | None],
+    sequence: float,
+    writer: Any,
+) -> None:
+    assert sample["tokens"] == SpanTable(writer).tokens(ids)
+    assert sample["mask"] == [reward is not None for reward in rewards]
+    for got, want in zip(sample["token_logprobs"], rewards, strict=True):
+        assert want is None or got == pytest.approx(want, abs=1e-4)
+    assert sample["sequence_reward"] == pytest.approx(sequence, abs=1e-4)
+    assert sample["dropped_nats"] >= 0
+
+
 def test_token_level_with_all_that_openrlhf_adds(rig: Any) -> None:
     """By the script with the paper's settings; a KL and a length penalty, clipping, two engines."""
     steps = train(
@@ -74,6 +98,8 @@ def test_token_level_with_all_that_openrlhf_adds(rig: Any) -> None:
             "reward.overlong_buffer_len": 8,
             "reward.overlong_penalty_factor": 2.0,
             "reward.clip_range": (-1.2, 1.3),
+            "logger.tensorboard_dir": rig.folder / "tensorboard",
+            "logger.wandb.run_name": "token",
         },
     )
 
@@ -93,6 +119,27 @@ def test_token_level_with_all_that_openrlhf_adds(rig: Any) -> None:
     # The second step is off the reference policy.
     assert max(abs(k) for row in steps[1] for k in row["kl"]) > 0
 
+    # The first rollout of each prompt, beside the events; the script asks for more.
+    kept = read_samples(rig.folder / "tensorboard" / "token" / "cme-samples.jsonl", 2)
+    for rows, samples in zip(steps, kept, strict=True):
+        assert "cme_token_logprobs" not in rows[0]["info"]
+        firsts = {
+            runs.question_of(row["prompt"]): row for row in rows if row["index"] % runs.GROUP == 0
+        }
+        assert [len(sample["prompt"]) for sample in samples] == [1, 1]
+        assert {sample["prompt"][0]["content"] for sample in samples} == firsts.keys()
+        for sample in samples:
+            assert sample["prompt"][0]["role"] == "user"
+            question = sample["prompt"][0]["content"]
+            ids = firsts[question]["ids"]
+            rewards, sequence = runs.naive_rewards(question, ids)
+            compare_sample(sample, ids, rewards, sequence, runs.tokenizer())
+    page = rig.folder / "report.html"
+    told = ["report", str(rig.folder / "tensorboard"), "--html", str(page)]
+    done = CliRunner().invoke(app, told)
+    assert done.exit_code in (0, 1), done.output  # an untrained policy may show a sign
+    assert page.read_text(encoding="utf-8").count("<article>") == 4
+
 
 def test_two_turns_with_an_environment_trained_while_generating(rig: Any) -> None:
     """Another actor trains then; labels carry the messages; settings are in a file.
@@ -102,7 +149,7 @@ def test_two_turns_with_an_environment_trained_while_generating(rig: Any) -> Non
     """
     file = rig.folder / "settings.yaml"
     file.write_text(
-        "verifier: embedded\nenvironment_weight: 0.5\n"
+        "verifier: embedded\nenvironment_weight: 0.5\nsamples: 1\n"
         "cme:\n  eps: 0.05\n  credit: return\n  gamma: 0.8\n",
         encoding="utf-8",
     )
@@ -117,6 +164,7 @@ def test_two_turns_with_an_environment_trained_while_generating(rig: Any) -> Non
             "actor.model_name_or_path": rig.folder / "gemma",
             "data.label_key": "conversation",
             "data.max_len": 128,
+            "ckpt.output_dir": rig.folder / "async",
         },
     )
     shown: list[list[int]] = []
@@ -134,8 +182,19 @@ def test_two_turns_with_an_environment_trained_while_generating(rig: Any) -> Non
     assert sorted(asked) == sorted(shown)
     assert "_of_turn>" not in "".join(map(runs.verifier().tokenizer.decode, asked))
 
+    # Without events, where the model goes; what the environment pays is in no log-prob.
+    kept = read_samples(rig.folder / "async" / "cme-samples.jsonl", 2)
+    for rows, (sample,) in zip(steps, kept, strict=True):
+        firsts = [row for row in rows if row["index"] % runs.GROUP == 0]
+        (row,) = (row for row in firsts if json.loads(row["label"]) == sample["prompt"])
+        rewards, sequence = two_turns(runs.with_observations(row), [], weight=0.0)
+        ids = runs.with_observations(row)["ids"]
+        compare_sample(sample, ids, rewards, sequence, runs.gemma())
 
-def two_turns(row: Any, shown: list[list[int]]) -> tuple[list[float | None], float]:
+
+def two_turns(
+    row: Any, shown: list[list[int]], weight: float = 0.5
+) -> tuple[list[float | None], float]:
     """Rewards of a rollout's tokens, None where the environment wrote; and of all of it.
 
     Adds to `shown` what the verifier is to read: its own chat template over exactly the messages.
@@ -160,7 +219,7 @@ def two_turns(row: Any, shown: list[list[int]]) -> tuple[list[float | None], flo
         messages.append({"role": "assistant", "content": text})
     if False in row["sampled"]:  # what the environment pays is in every return once
         last = max(t for t, reward in enumerate(rewards) if reward is not None)
-        rewards[last] = (rewards[last] or 0.0) + 0.5 * pay(said)
+        rewards[last] = (rewards[last] or 0.0) + weight * pay(said)
     return rewards, statistics.fmean(logp)
 
 

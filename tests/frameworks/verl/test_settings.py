@@ -33,6 +33,7 @@ REFUSED = [
     ({"reward.cme.verifier": "hosted"}, r"reward\.reward_model\.enable=False"),
     ({"reward.reward_model.enable": True}, 'expected "hosted" with True'),
     ({"reward.cme.eos": "maks"}, "eos='maks'"),
+    ({"reward.cme.samples": -1}, r"reward\.cme\.samples=-1; expected how many"),
     ({"reward.cme.reward": "ttrl"}, "reward='ttrl' is a vote over all rollouts"),
     ({"reward.cme.reward": "rent"}, "reward='rent' is made of the policy's distributions"),
     ({"reward.cme": ["eos"]}, "expected keys and values"),

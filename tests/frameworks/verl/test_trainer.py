@@ -6,12 +6,14 @@ that `verl_rig.naive` computes from the ids, with none of the package's code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,15 @@ import numpy as np
 import oracle
 import pytest
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 from verl_rig import naive
 from verl_rig.loops import OBSERVATION
 from verl_rig.models import make_policy, make_prompts
 from verl_rig.record import read
 from verl_rig.run import ROOT, Run, finish, kill, settings, start
 from verl_rig.server import Server
+
+from cme_reward.cli.app import app
 
 LOOPS = {"actor_rollout_ref.rollout.agent.agent_loop_config_path": str(
     ROOT / "tests" / "support" / "verl_rig" / "loops.yaml"
@@ -74,6 +79,58 @@ def difference(done: Run, policy: Path, rows_per_step: int, score: Any = None) -
     return naive.largest_difference(calls, rows_per_step, tokenizer, score or naive_score)
 
 
+def kept(file: Path, run: Path) -> list[dict[str, Any]]:
+    """The samples in a file, of which the report of a run has a heat map each."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    page = run.parent / "report.html"
+    done = CliRunner().invoke(app, ["report", str(run), "--html", str(page)])
+    assert done.exit_code in (0, 1), done.output  # an untrained policy may show a sign
+    assert page.read_text().count("<article>") == len(rows)
+    return rows
+
+
+def trained(
+    rows: list[dict[str, Any]], done: Run, tokenizer: Any, n: int
+) -> Iterator[tuple[dict[str, Any], str, list[int], list[int]]]:
+    """The samples of both steps, each with its prompt, ids and mask as the actor received them.
+
+    They are one response to each of the `n` prompts with the lowest hashes among a step's.
+    """
+    received = [
+        (naive.content_of(tokenizer, prompt), ids.tolist(), sampled.tolist())
+        for call in read(done.record)
+        for prompt, ids, sampled in zip(
+            *(call["rows"][name] for name in ("prompts", "responses", "response_mask")),
+            strict=True,
+        )
+    ]
+    for step in (0, 1):
+        had = received[16 * step : 16 * step + 16]
+        prompts = {json.dumps([naive.user(content)], sort_keys=True) for content, *_ in had}
+        lowest = sorted(prompts, key=lambda text: hashlib.sha256(text.encode()).digest())[:n]
+        of_step = [row for row in rows if row["step"] == step]
+        assert [row["prompt"] for row in of_step] == [json.loads(text) for text in lowest]
+        for row in of_step:
+            content = row["prompt"][0]["content"]
+            yield next(
+                (row, content, ids, sampled)
+                for prompt, ids, sampled in had
+                if prompt == content and row["tokens"] == texts(tokenizer, ids)
+            )
+
+
+def texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    return ["" if i >= len(tokenizer) else tokenizer.decode([i]) for i in ids]
+
+
+def compare_samples(rows: Any, done: Run, tokenizer: Any, n: int, score: Any) -> None:
+    """Their log-probs and masks with what is computed from the ids."""
+    for row, content, ids, sampled in trained(rows, done, tokenizer, n):
+        rewards, mask = score(content, ids, sampled)
+        assert row["mask"] == mask.tolist()
+        np.testing.assert_allclose(np.where(mask, row["token_logprobs"], 0), rewards, atol=1e-5)
+
+
 def explain(done: Run) -> str:
     lines = [line for line in done.log.splitlines() if "Error" in line]
     return "\n".join([f"exit status {done.status}", *lines[-5:], *done.log.splitlines()[-25:]])
@@ -86,7 +143,10 @@ def test_streaming_with_tools_a_reference_policy_and_two_mini_batches(
     config = {
         **base,
         **LOOPS,
-        "cme": EXACT,
+        "cme": {**EXACT, "samples": 3},
+        "trainer.logger": ["console", "file"],
+        "trainer.project_name": "cme",
+        "trainer.experiment_name": "streaming",
         "actor_rollout_ref.rollout.agent.default_agent_loop": "tool_text",
         "actor_rollout_ref.actor.use_kl_loss": True,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
@@ -117,12 +177,24 @@ def test_streaming_with_tools_a_reference_policy_and_two_mini_batches(
         # Tool tokens have no reward: veRL adds up rewards without a mask.
         assert step["critic/score/mean"] == pytest.approx(step["critic/rewards/mean"])
 
+    tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.NaiveVerifier(naive.TRAINED)
+    log = tmp_path / "run" / "cme" / "streaming.jsonl"
+    compare_samples(
+        kept(log.with_name("streaming.cme-samples.jsonl"), log),
+        done,
+        tokenizer,
+        3,
+        lambda *row: naive.token_rewards(verifier, tokenizer, *row),
+    )
+
 
 def test_the_sequence_level_with_verls_own_grpo(
     base: dict[str, Any], policy: Path, tmp_path: Path
 ) -> None:
     cme = {**EXACT, "verifier": "embedded", "level": "sequence"}  # always a chat model here
-    done = run(tmp_path / "run", {**base, "cme": cme})
+    folder = tmp_path / "checkpoints"
+    config = {**base, "cme": {**cme, "samples": 9}, "trainer.default_local_dir": str(folder)}
+    done = run(tmp_path / "run", config)
     assert done.status == 0, explain(done)
     tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.NaiveVerifier()
     worst = naive.largest_difference(
@@ -135,6 +207,14 @@ def test_the_sequence_level_with_verls_own_grpo(
     )
     assert worst < 1e-5
     assert "cme_grpo" not in done.log
+    # Without a log that a report reads, samples are where checkpoints go.
+    lines = (folder / "cme-samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 4 + 4  # fewer prompts a step than asked for
+    for row, content, ids, sampled in trained(rows, done, tokenizer, 9):
+        rewards, mask = naive.sequence_rewards(verifier, tokenizer, content, ids, sampled)
+        assert row["sequence_reward"] == pytest.approx(rewards[-1], abs=1e-5)
+        assert row["mask"] == mask.tolist()
 
 
 def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
@@ -150,7 +230,10 @@ def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
     config = {
         **base,
         **LOOPS,
-        "cme": {"verifier": "hosted", "credit": "return", "gamma": 0.8},
+        "cme": {"verifier": "hosted", "credit": "return", "gamma": 0.8, "samples": 2},
+        "trainer.logger": ["console", "tensorboard"],
+        "trainer.project_name": "cme",
+        "trainer.experiment_name": "colocated",
         "actor_rollout_ref.model.path": str(policy),
         "data.max_response_length": 64,
         "reward.reward_model.model_path": str(naive.EMBEDDED),
@@ -175,9 +258,12 @@ def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
     tokenizer, verifier = AutoTokenizer.from_pretrained(policy), naive.NaiveVerifier()
     ends = set()
 
+    def tokens(content: str, ids: list[int], sampled: list[int]) -> Any:
+        return naive.token_rewards(verifier, tokenizer, content, ids, sampled, observation)
+
     def score(content: str, ids: list[int], sampled: list[int]) -> Any:
         ends.add(ids[sampled.index(0) - 1] == tokenizer.eos_token_id)
-        rewards, mask = naive.token_rewards(verifier, tokenizer, content, ids, sampled, observation)
+        rewards, mask = tokens(content, ids, sampled)
         own = [float(r) if m else None for r, m in zip(rewards, mask, strict=True)]
         returns = oracle.returns_to_go(own, sampled, 0.8)
         return (
@@ -197,6 +283,17 @@ def test_a_colocated_verifier_with_two_turns_by_verls_own_keys(
     assert -30 < last["val-cme/sequence_reward_mean"] < 0
     # veRL's own: the sum of a response's rewards.
     assert last["val-core/toy/reward/mean@1"] < last["val-cme/sequence_reward_mean"]
+
+    folder = tmp_path / "run" / "tensorboard_log" / "cme" / "colocated"
+    rows = kept(folder / "cme-samples.jsonl", folder)
+    validated = [row for row in rows if row["step"] == 2]
+    assert sorted(row["prompt"][0]["content"] for row in validated) == [
+        "0 plus 1 equals",
+        "1 plus 2 equals",
+    ]
+    mean = sum(row["sequence_reward"] for row in validated) / 2
+    assert mean == pytest.approx(last["val-cme/sequence_reward_mean"], abs=1e-4)
+    compare_samples(rows, done, tokenizer, 2, tokens)
 
 
 def test_a_verifier_pool_of_its_own_two_outputs_per_trajectory_and_verls_tool_agent(
