@@ -230,7 +230,7 @@ def test_sequence_level_through_the_file(rig: Any) -> None:
     file = str(ADAPTERS / "reward_func.py")
     steps = train(rig, OURS, {"CME_VERIFIER": "embedded"}, **{"reward.remote_url": file})
     for rows in steps:
-        equal(rows, runs.expected_advantages(rows, OPENRLHFS))
+        assert runs.worst_in_nats(rows, OPENRLHFS) <= 1e-5
         assert all(0 < row["info"]["score"] < 1 for row in rows)
 
 
@@ -246,7 +246,7 @@ def test_sequence_level_through_two_servers(rig: Any) -> None:
         steps = train(rig, STOCK, {}, **{"reward.remote_url": urls})
         assert [server.metric("cme_responses_total") for server in servers] == [8, 8]  # in turns
     for rows in steps:
-        equal(rows, runs.expected_advantages(rows, OPENRLHFS))
+        assert runs.worst_in_nats(rows, OPENRLHFS) <= 1e-5
 
 
 def test_the_launcher_refuses_before_anything_starts(rig: Any) -> None:

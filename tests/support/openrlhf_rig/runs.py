@@ -364,6 +364,26 @@ def expected_advantages(
     return expected
 
 
+def worst_in_nats(rows: list[dict[str, Any]], config: CMEConfig) -> float:
+    """At the sequence level, the largest difference of `advantage * (std + eps)` from a response's
+    reward less the mean of its group.
+
+    The rewards are float32; with OpenRLHF's own eps of 1e-9 the division by the std of four that
+    nearly agree makes any multiple of their rounding.
+    """
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["index"] // GROUP, []).append(row)
+    worst = 0.0
+    for group in groups.values():
+        values = [naive_rewards(question_of(row["prompt"]), row["ids"])[1] for row in group]
+        mean, divisor = statistics.fmean(values), statistics.stdev(values) + config.eps
+        for row, value in zip(group, values, strict=True):
+            assert len(set(row["advantages"])) == 1
+            worst = max(worst, abs(row["advantages"][0] * divisor - (value - mean)))
+    return worst
+
+
 def worst_error(rows: list[dict[str, Any]], expected: dict[int, list[float]]) -> float:
     """Largest difference of an advantage, relative to those greater than one."""
     return max(
