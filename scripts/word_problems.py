@@ -1,8 +1,8 @@
 """Write examples/word-problems.jsonl: `python scripts/word_problems.py`.
 
-Word problems as `embedded_text` writes them, each with its solution and with the same solution after
-one slip: of the kind that the embedded verifier was trained on, from a seed that it was not. Nothing
-is chosen by its score: the problems are the first of the seed.
+Word problems as `embedded_text` writes them, each with its solution and with the same solution
+after one slip: of the kind that the embedded verifier was trained on, from a seed that it was not.
+Nothing is chosen by its score: the problems are the first of the seed.
 """
 
 from __future__ import annotations

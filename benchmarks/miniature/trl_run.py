@@ -34,8 +34,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train the policy in place with `CMEGRPOTrainer`; the measurements are those of the loop.
 
-    The prompts are the loop's, but TRL shuffles and samples by its own seed. `log` receives a line a
-    measurement, `on_step` the number of each update.
+    The prompts are the loop's, but TRL shuffles and samples by its own seed. `log` receives a line
+    a measurement, `on_step` the number of each update.
     """
     scorer = rewards.reward(condition, cast, policy)
     questions = islice(stream(10_000 + seed), settings.steps * settings.prompts)
