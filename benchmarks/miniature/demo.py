@@ -5,18 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from benchmarks.grpo import Settings
-from benchmarks.miniature import evaluate, pictures, rewards, trl_run
-from benchmarks.miniature.cast import Cast, Scale
+from benchmarks.miniature import evaluate, pictures, rewards, ship, trl_run
+from benchmarks.miniature.cast import Cast
 from benchmarks.miniature.conditions import STRONGEST, Condition
 from benchmarks.miniature.tasks import TASKS, Example, held_out_set
 from cme_reward import CMEConfig, CrossModelEntropy
@@ -27,22 +26,15 @@ CONDITION = Condition("CME, token, in TRL", trainer="trl")
 
 def main(
     folder: Path,
-    scale: Scale = Scale(),  # noqa: B008 (frozen)
+    cast: Cast = Cast(ship.FOLDER),  # noqa: B008 (only read)
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
     questions: int = 35 * len(TASKS),
-    workers: int = 2,
 ) -> None:
-    """Train both models, then the generator by the verifier; print and draw what changed."""
+    """Train the generator by the verifier, both of `cast`; print and draw what changed."""
     started = time.perf_counter()
     torch.set_num_threads(1)
     console = Console()
-    cast = Cast(folder / "models", scale)
-    console.print("Training a generator that has mostly seen wrong answers, and a verifier ...")
-    names = ("pretrained", STRONGEST)
-    if workers:
-        with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
-            list(pool.map(_train, [cast] * len(names), names))
     policy, tokenizer = cast.model("pretrained"), cast.tokenizer("pretrained")
     test = held_out_set(questions)
     verifier = rewards.verifier(cast, STRONGEST)
@@ -50,20 +42,31 @@ def main(
     scorer = CrossModelEntropy(verifier, tokenizer, CMEConfig())
     example = first_wrong(policy, tokenizer, test)
     before = view(policy, tokenizer, scorer, example, "before")
-    console.print("Training the generator with CMEGRPOTrainer, no labels ...")
+    console.print(
+        "A generator that has mostly seen wrong answers, trained with CMEGRPOTrainer and no labels:"
+    )
+    print_heat_map(before, console)
     torch.manual_seed(0)
-    curve = trl_run.train(policy, tokenizer, CONDITION, cast, settings, test, 0, console.print)
+    bar = Progress(
+        "update", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+    with bar:
+        task = bar.add_task("", total=settings.steps)
+        curve = trl_run.train(
+            policy, tokenizer, CONDITION, cast, settings, test, 0,
+            log=bar.console.print,
+            on_step=lambda step: bar.update(task, completed=step),
+        )  # fmt: skip
     after = view(policy, tokenizer, scorer, example, "after")
 
     table = Table(title="Accuracy, checked by a program")
     for column in ("task", "before", "after"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    for task in (*TASKS, "accuracy"):
-        name = "all" if task == "accuracy" else task
-        table.add_row(name, f"{curve[0][task]:.2f}", f"{curve[-1][task]:.2f}")
+    for key in (*TASKS, "accuracy"):
+        name = "all" if key == "accuracy" else key
+        table.add_row(name, f"{curve[0][key]:.2f}", f"{curve[-1][key]:.2f}")
     console.print(table)
-    for shown in (before, after):
-        print_heat_map(shown, console)
+    print_heat_map(after, console)
     pictures.learning_curves(
         {CONDITION.name: [curve]}, folder / "training.png", "CME-GRPO in TRL, on a CPU"
     )
@@ -103,14 +106,6 @@ def view(
         verifier=TokenView(texts, logprobs.tolist(), [True] * len(texts)),
         dropped_nats=float(batch.dropped_nats[0]),
     )
-
-
-def _train(cast: Cast, name: str) -> None:
-    cast.model(name)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

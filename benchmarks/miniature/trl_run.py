@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -28,11 +28,13 @@ def train(
     settings: Settings,
     test: Sequence[Example],
     seed: int,
-    log: Any = lambda line: None,
+    log: Callable[[str], object] = lambda line: None,
+    on_step: Callable[[int], object] = lambda step: None,
 ) -> list[dict[str, Any]]:
     """Train the policy in place with `CMEGRPOTrainer`; the measurements are those of the loop.
 
-    The prompts are the loop's, but TRL shuffles and samples by its own seed.
+    The prompts are the loop's, but TRL shuffles and samples by its own seed. `log` receives a line
+    a measurement, `on_step` the number of each update.
     """
     scorer = rewards.reward(condition, cast, policy)
     questions = islice(stream(10_000 + seed), settings.steps * settings.prompts)
@@ -46,6 +48,7 @@ def train(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % settings.every == 0 or state.global_step == settings.steps:
                 self.measure(state.global_step)
+            on_step(state.global_step)
 
         def measure(self, step: int) -> None:
             training = policy.training

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from trl_tiny import tokenizer as other_tokenizer
 
 from benchmarks.grpo import Settings, divergence, train
-from benchmarks.miniature import decide, evaluate, grammar, models, rewards, tasks, vocabulary
+from benchmarks.miniature import decide, evaluate, grammar, models, rewards, ship, tasks, vocabulary
 from benchmarks.miniature.__main__ import SMALL, main
 from benchmarks.miniature.candidates import Candidate, centred, next_prompts, soft_minimum
 from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
@@ -395,14 +397,52 @@ def test_settings_are_the_papers() -> None:
 
 
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main_of_demo(tmp_path, SMALL, Settings(steps=2, prompts=2, rollouts=4), questions=5, workers=0)
+    few = Settings(steps=2, prompts=2, rollouts=4)
+    main_of_demo(tmp_path, Cast(tmp_path / "models", SMALL), few, questions=5)
     said = capsys.readouterr().out
     assert "checked by a program" in " ".join(said.split())
     assert "step 2" in said
+    assert "2/2" in said  # the progress bar's last word
     assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "before-after.html").read_text()
     assert "before:" in page
     assert "after:" in page
+
+
+def test_the_demos_models_are_the_files_of_their_card() -> None:
+    files = sorted(ship.FOLDER.glob("*.safetensors"))
+    assert [file.name for file in files] == [f"{name}-0.safetensors" for name in ship.NAMES]
+    assert sum(file.stat().st_size for file in files) < 1_500_000
+    sums = (ship.FOLDER / "SHA256SUMS").read_text()
+    card = (ship.FOLDER / "README.md").read_text()
+    for file in files:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert f"{digest}  {file.name}\n" in sums
+        (row,) = re.findall(rf"^\| `{file.name}` .*$", card, re.MULTILINE)
+        assert digest in row
+        assert f"{file.stat().st_size:,}" in row
+
+
+def test_the_demos_models_have_learnt_what_they_are_for() -> None:
+    """The generator the mistakes, the verifier to answer rightly."""
+    test, cast = tasks.held_out_set(100), Cast(ship.FOLDER)
+    marks: dict[str, float] = {}
+    for name in ship.NAMES:
+        model, tokenizer = cast.model(name), cast.tokenizer(name)
+        assert all(weights.dtype == torch.float32 for weights in model.parameters())
+        ids = evaluate.answers(model, tokenizer, test)
+        marks[name] = float(np.mean(evaluate.grades(tokenizer, test, ids)))
+    generator, verifier = (marks[name] for name in ship.NAMES)
+    assert generator < 0.5 < verifier
+
+
+def test_models_are_shipped_as_a_cast_reads_them(tmp_path: Path) -> None:
+    ship.ship(tmp_path / "half", SMALL)
+    for name in ship.NAMES:
+        half = Cast(tmp_path / "half", SMALL).model(name).state_dict()
+        full = Cast(tmp_path / "full", SMALL).model(name).state_dict()
+        for key, weights in full.items():
+            assert torch.equal(half[key], weights.half().float())
 
 
 def test_a_run_is_the_same_again(tmp_path: Path) -> None:
