@@ -44,8 +44,8 @@ class CMEConfig:
     """Discount of `credit="return"`, from 0 (a token's own reward) to 1."""
 
     whitespace: Literal["mask", "keep"] = "mask"
-    """"mask" (paper): tokens of white space only get no reward; a policy of long answers may hide in
-    them (docs/evidence.md). "keep": they are scored."""
+    """"mask" (paper): tokens of white space only get no reward; a policy of long answers may hide
+    in them (docs/evidence.md). "keep": they are scored."""
 
     eos: Literal["score", "mask"] = "score"
     """"score": the generator's EOS gets the verifier's end-of-turn log-prob, so that stopping earns
