@@ -59,6 +59,14 @@ def evaluate(
             help="Ask about each pair in both orders; different verdicts are a tie.",
         ),
     ] = False,
+    logprobs: Annotated[
+        bool,
+        _judge(
+            "--judge-logprobs",
+            help="Ask the server for the log-probs of the verdict, and count its chances of A, B "
+            "and TIE in place of the verdict alone.",
+        ),
+    ] = False,
     concurrency: Annotated[
         int, _judge(metavar="N", min=1, max=1024, help="Most questions at a time.")
     ] = 8,
@@ -112,6 +120,22 @@ def evaluate(
             "preference over both orders, 0.693 where they contradict.",
         ),
     ] = None,
+    abstain_risk: Annotated[
+        float | None,
+        _data(
+            metavar="SHARE",
+            help="Find that limit from labelled pairs, so that at most this share of the verdicts "
+            "kept is wrong, at 95 % confidence. Needs --label.",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None,
+        _data(
+            metavar="FIELD",
+            help="The field that tells the better response of some pairs: true or false, or a "
+            'number, as for rank; or {"vs": MODEL, "p_win": 1}.',
+        ),
+    ] = None,
     out: Annotated[
         Path,
         _output(
@@ -149,9 +173,10 @@ def evaluate(
         from cme_reward.cli.evaluate_judges import Prices, load_judges
         from cme_reward.cli.evaluate_output import Found, show, write
         from cme_reward.cli.evaluate_rows import Answers
-        from cme_reward.cli.evaluate_run import judged, stored
+        from cme_reward.cli.evaluate_run import better_sides, calibrated, judged, stored
         from cme_reward.evaluation.judge import FAILED, UNREADABLE
         from cme_reward.evaluation.pairs import pairs_of
+        from cme_reward.evaluation.results import abstaining
 
         specs = judge_specs or []
         if bool(specs) == (preferences is not None):
@@ -159,17 +184,26 @@ def evaluate(
                 "expected either --judge SPEC (http://host/v1 or python:module:function) or "
                 "--preferences FIELD"
             )
-        if abstain_above is not None and specs and not both_orders:
+        if abstain_above is not None and abstain_risk is not None:
+            raise ConfigError("--abstain-above and --abstain-risk are two ways to one limit")
+        if (abstain_risk is None) != (label is None):
+            raise ConfigError("--abstain-risk SHARE and --label FIELD need each other")
+        if abstain_risk is not None and not 0 < abstain_risk < 1:
+            raise ConfigError(f"--abstain-risk {abstain_risk:g}; expected a share, such as 0.1")
+        limited = abstain_above is not None or abstain_risk is not None
+        if limited and specs and not both_orders and not logprobs:
+            name = "--abstain-above" if abstain_risk is None else "--abstain-risk"
             raise ConfigError(
-                f"--abstain-above {abstain_above:g} needs --both-orders: one verdict has no entropy"
+                f"{name} needs --both-orders or --judge-logprobs: one verdict has no entropy"
             )
         answers = Answers()
         for file in files:
             with open_input(file, err) as source, busy(err, quiet, f"Reading {file}"):
-                answers.read(file, source, preferences)
+                answers.read(file, source, preferences, label)
         for reason in answers.bad:
             say(err, reason, "red")
         pairs = pairs_of(answers.kept, against)
+        sides = better_sides(answers.labels, pairs, label) if label is not None else {}
         judges = load_judges(
             specs,
             judge_models or [],
@@ -177,11 +211,12 @@ def evaluate(
             timeout=timeout,
             retries=retries,
             concurrency=concurrency,
+            logprobs=logprobs,
         )
         for one in judges:
             stack.callback(getattr(one, "close", lambda: None))
         if preferences is not None:
-            outcomes, cost = stored(answers.stored, pairs, preferences, abstain_above), None
+            outcomes, cost = stored(answers.stored, pairs, preferences), None
         else:
             outcomes, cost = judged(
                 judges,
@@ -189,23 +224,28 @@ def evaluate(
                 out,
                 seed=seed,
                 both_orders=both_orders,
-                abstain_above=abstain_above,
                 prices=Prices.read(judges, price_in or [], price_out or []),
                 concurrency=concurrency,
                 quiet=quiet,
                 err=err,
             )
+        calibrations = calibrated(outcomes, sides, abstain_risk, seed) if abstain_risk else []
+        limits = {one.judge: one.threshold for one in calibrations}
+        outcomes = [abstaining(one, limits.get(one.judge, abstain_above)) for one in outcomes]
         settings = {
             "files": files,
             "against": pairs[0].baseline,
             "judges": [one.name for one in judges],
             "preferences": preferences,
             "both_orders": both_orders,
+            "judge_logprobs": logprobs,
             "abstain_above": abstain_above,
+            "abstain_risk": abstain_risk,
+            "label": label,
             "seed": seed,
         }
         with busy(err, quiet, "Drawing intervals"):
-            found = Found.of(outcomes, cost, seed)
+            found = Found.of(outcomes, cost, seed, calibrations)
         write(out, found, settings)
         from rich.console import Console
 

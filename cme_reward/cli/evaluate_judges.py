@@ -23,6 +23,7 @@ def load_judges(
     timeout: float,
     retries: int,
     concurrency: int,
+    logprobs: bool = False,
 ) -> list[Judge]:
     """The judges of `--judge`.
 
@@ -33,6 +34,7 @@ def load_judges(
         timeout: seconds for one attempt.
         retries: further attempts.
         concurrency: most questions at a time.
+        logprobs: whether to ask for them; of judges behind HTTP alone.
 
     Raises:
         ConfigError: for anything else.
@@ -42,6 +44,8 @@ def load_judges(
         raise ConfigError(
             f"--judge {behind[0]} needs --judge-model NAME, as the server calls its model"
         )
+    if (logprobs and len(behind) < len(specs)) or (logprobs and not specs):
+        raise ConfigError("--judge-logprobs needs each --judge behind HTTP: nobody else is asked")
     models = _each(models, len(behind), "--judge-model")
     for name in keys:
         if not os.environ.get(name):
@@ -61,6 +65,7 @@ def load_judges(
                     timeout=timeout,
                     retries=retries,
                     connections=concurrency,
+                    logprobs=logprobs,
                 )
             )
         else:

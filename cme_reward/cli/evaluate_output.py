@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cme_reward.cli.jsonl import whole_file
-from cme_reward.evaluation.page import EXTRAPOLATED, render, table
+from cme_reward.evaluation.calibration import Calibration
+from cme_reward.evaluation.page import EXTRAPOLATED, calibration_line, render, table
 from cme_reward.evaluation.results import (
     OUTCOMES,
     Agreement,
@@ -31,10 +33,17 @@ class Found:
     agreements: list[Agreement]
     cost: float | None
     """USD; None where no prices are known."""
+    calibrations: Sequence[Calibration] = ()
 
     @staticmethod
-    def of(outcomes: list[Outcome], cost: float | None, seed: int) -> Found:
-        return Found(outcomes, results_of(outcomes, seed), agreements_of(outcomes), cost)
+    def of(
+        outcomes: list[Outcome],
+        cost: float | None,
+        seed: int,
+        calibrations: Sequence[Calibration] = (),
+    ) -> Found:
+        results = results_of(outcomes, seed)
+        return Found(outcomes, results, agreements_of(outcomes), cost, calibrations)
 
 
 def write(folder: Path, found: Found, settings: dict[str, Any]) -> None:
@@ -44,7 +53,7 @@ def write(folder: Path, found: Found, settings: dict[str, Any]) -> None:
     with whole_file(folder / "report.json") as stream:
         stream.write(text.encode(errors="replace") + b"\n")
     with whole_file(folder / "report.html") as stream:
-        page = render(found.results, found.agreements, found.outcomes)
+        page = render(found.results, found.agreements, found.outcomes, found.calibrations)
         stream.write(page.encode(errors="replace"))  # a judge may write half a surrogate pair
 
 
@@ -69,6 +78,8 @@ def show(found: Found, console: Console) -> None:
         kappa = f"{one.kappa:.2f}" if one.kappa == one.kappa else "-"
         console.print(f"{' and '.join(one.judges)}: Cohen's kappa {kappa} on {one.pairs:,} pairs",
                       markup=False)  # fmt: skip
+    for one in found.calibrations:
+        console.print(calibration_line(one), markup=False)
     if found.cost is not None:
         console.print(f"Judged for {found.cost:.2f} USD.")
 
@@ -98,6 +109,20 @@ def as_dict(found: Found, settings: dict[str, Any]) -> dict[str, Any]:
         "agreement": [
             {"judges": list(one.judges), "kappa": number(one.kappa), "pairs": one.pairs}
             for one in found.agreements
+        ],
+        "calibration": [
+            {
+                "judge": one.judge,
+                "level": one.level,
+                "threshold": one.threshold,
+                "pairs": one.pairs,
+                "kept": one.kept,
+                "wrong": one.wrong,
+                "risk": number(one.risk),
+                "risk_bound": number(one.bound),
+                "coverage": number(one.coverage),
+            }
+            for one in found.calibrations
         ],
         "cost_usd": found.cost if found.cost is None else round(found.cost, 6),
     }  # fmt: skip

@@ -24,18 +24,28 @@ class Answers:
     kept: list[Answer] = field(default_factory=list)
     stored: dict[tuple[str, str, str], float] = field(default_factory=dict)
     """By prompt, model and the model it was compared with: 1 for the former, 0 for the latter."""
+    labels: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    """The same of labels; those of a response alone have no other model, and are higher if better.
+    """
     bad: list[str] = field(default_factory=list)
     """Lines that are left out, each with its file, its number and the reason."""
     _seen: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
-    def read(self, file: str, stream: Iterable[bytes], preferences: str | None = None) -> None:
+    def read(
+        self,
+        file: str,
+        stream: Iterable[bytes],
+        preferences: str | None = None,
+        label: str | None = None,
+    ) -> None:
         """Add the lines of a file; its name is the model's where a line has no `model`."""
         for row in read_rows(stream, split=annotation if preferences else _with_response):
-            reason = row.reason if isinstance(row, Bad) else self._add(file, row, preferences)
+            bad = isinstance(row, Bad)
+            reason = row.reason if bad else self._add(file, row, preferences, label)
             if reason:
                 self.bad.append(f"{file}, line {row.line}: {reason}")
 
-    def _add(self, file: str, row: Good, preferences: str | None) -> str:
+    def _add(self, file: str, row: Good, preferences: str | None, label: str | None) -> str:
         model = row.fields.get("model")
         model = _stem(file) if model is None else model
         if not isinstance(model, str) or not model:
@@ -47,15 +57,20 @@ class Answers:
             return f"is a second response of {model} to the prompt of {where}; the first is kept"
         if where == at:
             self.kept.append(answer)
-        if preferences is not None:
-            value = row.fields.get(STORED)
-            value = look_up(row.fields, preferences) if value is None else value
-            try:
-                other = _preference(preferences, value)
-            except InputError as error:
-                return str(error)
-            if other is not None:
-                self.stored[answer.key, model, other[0]] = other[1]
+        try:
+            if label is not None:
+                known = look_up(row.fields, label)
+                if isinstance(known, bool | int | float):
+                    self.labels[answer.key, model, ""] = float(known)
+                elif (told := _preference(label, known)) is not None:
+                    self.labels[answer.key, model, told[0]] = told[1]
+            if preferences is not None:
+                value = row.fields.get(STORED)
+                value = look_up(row.fields, preferences) if value is None else value
+                if (told := _preference(preferences, value)) is not None:
+                    self.stored[answer.key, model, told[0]] = told[1]
+        except InputError as error:
+            return str(error)
         return ""
 
 

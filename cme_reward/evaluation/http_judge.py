@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ import httpx
 from cme_reward.conversation.messages import Prompt
 from cme_reward.errors import ConfigError
 from cme_reward.evaluation.judge import FAILED, UNREADABLE, Reply, question, read_verdict, usage_of
+from cme_reward.evaluation.likelihood import ASKED, verdict_chances
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 120.0
 """Seconds before the second attempt, doubled before each further one; also bounds Retry-After."""
@@ -41,6 +43,7 @@ class HttpJudge:
         timeout: float = 120.0,
         retries: int = 5,
         connections: int = 8,
+        logprobs: bool = False,
     ) -> None:
         try:
             host = httpx.URL(url).host
@@ -48,7 +51,9 @@ class HttpJudge:
             host = ""
         if not host:
             raise ConfigError(f"--judge {url!r} names no host; expected such as http://host/v1")
-        self.name = f"{model} at {url}"
+        # The name is in every journal's key: a verdict alone answers no question for log-probs.
+        self.name = f"{model} at {url}{', by log-probs' * logprobs}"
+        self.logprobs = logprobs
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
         self.timeout, self.retries = timeout, retries
         self._not_before = 0.0  # by Retry-After, for all threads: one 429 speaks for the server
@@ -65,13 +70,16 @@ class HttpJudge:
         """The reply; 429, 5xx, time-outs and broken connections are tried again, then FAILED.
 
         Raises:
-            ConfigError: where the server refuses the key, the address or the model.
+            ConfigError: where the server refuses the key, the address or the model, or gives no
+                log-probs when asked for them.
         """
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
             "temperature": 0,
             "messages": [{"role": "user", "content": question(prompt, first, second)}],
         }
+        if self.logprobs:
+            body |= {"logprobs": True, "top_logprobs": ASKED}
         attempt = 0
         while True:
             if stop.wait(max(self._not_before - time.monotonic(), 0.0)):
@@ -104,9 +112,14 @@ class HttpJudge:
                 f"the judge {self.name} answers HTTP {status}: {text[:200]!r}; see to --judge (a "
                 "base address such as http://host/v1), --judge-model and --api-key-env"
             )
+        if status != 200 and self.logprobs and "logprob" in text:
+            raise ConfigError(
+                f"the judge {self.name} was asked for logprobs: true, top_logprobs: {ASKED} and "
+                f"answers HTTP {status}: {text[:200]!r}; leave out --judge-logprobs"
+            )
         if status != 200:
             return Reply(FAILED, raw=f"HTTP {status}: {text[:1000]}")
-        return _read(text)
+        return self._read(text)
 
     def _post(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         """One request within the time-out as a whole: a server that trickles is late, too."""
@@ -119,20 +132,23 @@ class HttpJudge:
                     raise httpx.ReadTimeout("the whole of the answer took too long")
             return response.status_code, response.headers, b"".join(parts)
 
-
-def _read(text: str) -> Reply:
-    """A completion's message. A body that is none comes from something before the model."""
-    try:
-        completion = json.loads(text)
-        message = completion["choices"][0]["message"]
-        content, refusal = message.get("content"), message.get("refusal")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise _Again(f"answers 200 with what is no completion: {text[:200]!r}") from None
-    usage = usage_of(completion.get("usage"))
-    if not isinstance(content, str):
-        raw = refusal if isinstance(refusal, str) else json.dumps(message, ensure_ascii=False)
-        return Reply(UNREADABLE, raw=raw, usage=usage)
-    return Reply(*read_verdict(content), content, usage)
+    def _read(self, text: str) -> Reply:
+        """A completion's message. A body that is none comes from something before the model."""
+        try:
+            completion = json.loads(text)
+            choice = completion["choices"][0]
+            message, given = choice["message"], choice.get("logprobs")
+            content, refusal = message.get("content"), message.get("refusal")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise _Again(f"answers 200 with what is no completion: {text[:200]!r}") from None
+        usage = usage_of(completion.get("usage"))
+        if not isinstance(content, str):
+            raw = refusal if isinstance(refusal, str) else json.dumps(message, ensure_ascii=False)
+            return Reply(UNREADABLE, raw=raw, usage=usage)
+        reply = Reply(*read_verdict(content), content, usage)
+        if not self.logprobs or reply.verdict == UNREADABLE:
+            return reply
+        return replace(reply, chances=verdict_chances(reply.verdict, given, self.name))
 
 
 def retry_after(headers: httpx.Headers) -> float:

@@ -43,6 +43,8 @@ class Reply:
     """The reply as it was; where it failed, why."""
     usage: tuple[int, int] | None = None
     """Tokens of the question and of the reply, where they are known."""
+    chances: tuple[float, float, float] | None = None
+    """Of A, B and TIE, where the judge was asked for log-probs."""
 
 
 class Judge(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cme_reward.evaluation.calibration import Calibration
 from cme_reward.evaluation.judge import FAILED, UNREADABLE
 from cme_reward.evaluation.pairs import Pair
 from cme_reward.evaluation.results import (
@@ -60,8 +61,20 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     return list(heads), [list(row) for row in zip(*cells, strict=True)]
 
 
+def calibration_line(one: Calibration) -> str:
+    """What the labelled pairs say of a judge, as a sentence."""
+    return (
+        f"{one.judge} abstains above {one.threshold:g} nats: of {one.pairs:,} labelled pairs it "
+        f"keeps {one.kept:,} ({one.coverage:.0%}), {one.wrong:,} of them wrong ({one.risk:.1%}; "
+        f"at most {one.bound:.1%}, at 95 % confidence)."
+    )
+
+
 def render(
-    results: Sequence[Result], agreements: Sequence[Agreement], outcomes: Sequence[Outcome]
+    results: Sequence[Result],
+    agreements: Sequence[Agreement],
+    outcomes: Sequence[Outcome],
+    calibrations: Sequence[Calibration] = (),
 ) -> str:
     """The page, which needs no network."""
     of: dict[int, tuple[Pair, list[Outcome]]] = {}
@@ -76,6 +89,7 @@ def render(
         heads=heads,
         rows=rows,
         agreements=agreements,
+        calibrations=[calibration_line(one) for one in calibrations],
         samples=list(of.values()),
         outcomes=[x for x in OUTCOMES if any(one.says == x for one in outcomes)],
     )

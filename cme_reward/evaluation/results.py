@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from cme_reward.evaluation.judge import FAILED, UNREADABLE
+from cme_reward.evaluation.judge import FAILED, UNREADABLE, VERDICTS
 from cme_reward.evaluation.pairs import Pair
 from cme_reward.evaluation.run import Question
 from cme_reward.evaluation.statistics import (
@@ -34,6 +34,8 @@ class Outcome:
     judge: str
     says: str
     """One of OUTCOMES."""
+    verdict: str = ""
+    """WIN, TIE or LOSS, abstained from or not; empty where there is none."""
     preference: float = float("nan")
     """1 for the model, 0 for the baseline; NaN where there is none."""
     uncertainty: float = float("nan")
@@ -79,45 +81,51 @@ class Agreement:
 def outcome_of(pair: Pair, judge: str, judgments: Sequence[Mapping[str, Any]]) -> Outcome:
     """The outcome of a pair from its judgments, one or one for each order.
 
-    Different verdicts are a tie, called inconsistent. One that failed or cannot be read leaves the
-    pair without an outcome.
+    Of verdicts alone: different ones are a tie, called inconsistent. Of chances (a judge's
+    log-probs): each order's are averaged, preference = p(win) + p(tie) / 2, and the verdict is the
+    likeliest of the three. A judgment that failed or cannot be read leaves the pair without an
+    outcome.
     """
     kept = list(judgments)
     for missing in (FAILED, UNREADABLE):
         if any(one["verdict"] == missing for one in kept):
             return Outcome(pair, judge, missing, judgments=kept)
-    points = []
-    for one in kept:
-        for_a = {"A": 1.0, "B": 0.0, "TIE": 0.5}[one["verdict"]]
-        points.append(for_a if one["order"][0] == pair.model else 1 - for_a)
-    unsure = entropy(sum(points) / len(points))
-    if len(set(points)) > 1:
-        return Outcome(pair, judge, INCONSISTENT, 0.5, unsure, kept)
-    return Outcome(pair, judge, side(points[0]), points[0], unsure, kept)
+    said = [_chances(one, pair.model) for one in kept]
+    win, loss, tie = (sum(chances) / len(kept) for chances in zip(*said, strict=True))
+    preference = win + tie / 2
+    unsure = entropy(preference)
+    if len(set(said)) > 1 and not all("chances" in one for one in kept):
+        return Outcome(pair, judge, INCONSISTENT, TIE, 0.5, unsure, kept)
+    verdict = WIN if win > max(loss, tie) else LOSS if loss > max(win, tie) else TIE
+    return Outcome(pair, judge, verdict, verdict, preference, unsure, kept)
+
+
+def _chances(judgment: Mapping[str, Any], model: str) -> tuple[float, float, float]:
+    """Of a win, a loss and a tie of the model's; 0 and 1 where there is a verdict alone."""
+    a, b, tie = judgment.get("chances") or [float(judgment["verdict"] == x) for x in VERDICTS]
+    return (a, b, tie) if judgment["order"][0] == model else (b, a, tie)
 
 
 def side(preference: float) -> str:
     return WIN if preference > 0.5 else LOSS if preference < 0.5 else TIE
 
 
-def outcomes_of(questions: Sequence[Question], known: Mapping[str, Mapping[str, Any]],
-                abstain_above: float | None = None) -> list[Outcome]:  # fmt: skip
+def outcomes_of(
+    questions: Sequence[Question], known: Mapping[str, Mapping[str, Any]]
+) -> list[Outcome]:
     """The outcomes of all questions asked, `known` having a judgment of each by its key."""
     of: dict[tuple[str, int], list[Question]] = {}
     for question in questions:
         of.setdefault((question.judge.name, id(question.pair)), []).append(question)
-    found = [
+    return [
         outcome_of(asked[0].pair, judge, [known[one.key] for one in asked])
         for (judge, _), asked in of.items()
     ]
-    return [abstaining(one, abstain_above) for one in found]
 
 
 def abstaining(one: Outcome, above: float | None) -> Outcome:
     """The outcome, or ABSTAINED where it is more uncertain than `above` nats."""
-    if above is None or not one.uncertainty > above:
-        return one
-    return Outcome(one.pair, one.judge, ABSTAINED, one.preference, one.uncertainty, one.judgments)
+    return replace(one, says=ABSTAINED) if above is not None and one.uncertainty > above else one
 
 
 def results_of(outcomes: Sequence[Outcome], seed: int = 0) -> list[Result]:
@@ -151,8 +159,8 @@ def agreements_of(outcomes: Sequence[Outcome]) -> list[Agreement]:
     said: dict[str, dict[int, str]] = {}
     for one in outcomes:
         own = said.setdefault(one.judge, {})
-        if one.preference == one.preference:
-            own[id(one.pair)] = side(one.preference)
+        if one.verdict:
+            own[id(one.pair)] = one.verdict
     found = []
     for a, b in combinations(said, 2):
         both = [pair for pair in said[a] if pair in said[b]]

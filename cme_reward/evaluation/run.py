@@ -150,5 +150,7 @@ def _answer(question: Question, journal: Journal, stop: threading.Event) -> dict
     }
     if reply.usage is not None:
         judgment["tokens"] = list(reply.usage)
+    if reply.chances is not None:
+        judgment["chances"] = [round(chance, 6) for chance in reply.chances]
     journal.add(judgment)
     return judgment

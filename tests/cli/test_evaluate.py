@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -63,6 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions"
         assert (body["model"], body["temperature"]) == ("judge", 0)
+        self.logprobs = (body.get("logprobs"), body.get("top_logprobs")) == (True, 20)
         text = body["messages"][0]["content"]
         with self.server.lock:
             self.server.asked[text] += 1
@@ -85,14 +87,19 @@ class Handler(BaseHTTPRequestHandler):
             self._reply({"content": None, "refusal": "I cannot help with that."})
         elif "nonsense" in text:
             self._reply({"content": "Both are nice. VERDICT: both"})
+        elif "no alternatives" in text and self.logprobs:
+            self._send(400, "logprobs are not supported by this model")
         else:
-            self._reply({"content": f"It is better.\nVERDICT: {_better(text)}"})
+            verdict = _better(text)
+            message = {"content": f"It is better.\nVERDICT: {verdict}"}
+            self._reply(message, "silent" not in text and self.logprobs and chances_of(verdict))
 
-    def _reply(self, message: dict[str, Any]) -> None:
+    def _reply(self, message: dict[str, Any], logprobs: Any = None) -> None:
         usage = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
         with self.server.lock:
             self.server.answered += 1
-        self._send(200, json.dumps({"choices": [{"message": message}], "usage": usage}))
+        choice = {"message": message, "logprobs": logprobs or None}
+        self._send(200, json.dumps({"choices": [choice], "usage": usage}))
 
     def _send(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -102,6 +109,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def chances_of(verdict: str) -> dict[str, Any]:
+    """Tokens of the reply; its verdict has 0.8, the other one 0.1, a tie 0.06, the rest 0.04."""
+    other = {"A": "B", "B": "A"}[verdict]
+    chances = {f" {verdict}": 0.8, f" {other}": 0.1, " T": 0.06, " C": 0.04}
+    top = [{"token": text, "logprob": math.log(p)} for text, p in chances.items()]
+    tokens = ["It is better.", "\n", "VERDICT", ":", f" {verdict}"]
+    return {"content": [{**top[0], "token": text, "top_logprobs": top} for text in tokens]}
 
 
 def _better(text: str) -> str:
@@ -237,6 +253,69 @@ def test_several_judges_and_their_agreement(folder: Path) -> None:
     assert [row["n"] for row in report["results"]] == [8, 8, 0]
     assert report["results"][2]["unreadable"] == 8
     assert [one["pairs"] for one in report["agreement"]] == [8, 0, 0]
+
+
+def test_log_probs_make_the_preference(server: Server, folder: Path) -> None:
+    # Of A, B and TIE 0.8, 0.1 and 0.06: (0.8 + 0.03) / 0.96 for the one that is better.
+    file = write(folder / "all.jsonl", answers(list("abc")))
+    judge = (file, "--judge", server.url, "--judge-model", "judge")
+    evaluate(*judge)
+    assert found(folder)["results"][0]["win_rate"][0] == 1
+    soft = (*judge, "--judge-logprobs")
+    evaluate(*soft, "--both-orders")
+    (row,) = found(folder)["results"]
+    assert row["win_rate"][0] == pytest.approx(0.83 / 0.96, abs=1e-5)
+    assert (row["wins"], row["n"], row["inconsistent"]) == (3, 3, 0)
+    lines = journal(folder)
+    assert len(lines) == 3 + 6  # a verdict alone answers no question for log-probs
+    assert all(sorted(line["chances"]) == [0.0625, 0.104167, 0.833333] for line in lines[3:])
+    # Their entropy is 0.397, in one order as in both.
+    evaluate(*soft, "--abstain-above", 0.39)
+    assert found(folder)["results"][0]["abstained"] == 3
+    evaluate(*soft, "--abstain-above", 0.4)
+    assert found(folder)["results"][0]["abstained"] == 0
+    assert len(journal(folder)) == 9
+    assert "chances of A, B, TIE" in (folder / "evaluation" / "report.html").read_text()
+
+
+def test_a_server_without_log_probs_ends_it(server: Server, folder: Path) -> None:
+    for prompt, came in (("silent", "gives none"), ("no alternatives", "answers HTTP 400")):
+        file = write(folder / "all.jsonl", answers([prompt]))
+        judge = (file, "--judge", server.url, "--judge-model", "judge")
+        said = " ".join(evaluate(*judge, "--judge-logprobs", status=2).stderr.split())
+        assert "asked for logprobs: true, top_logprobs: 20" in said
+        assert came in said
+        assert "leave out --judge-logprobs" in said
+        assert journal(folder) == []
+    said = evaluate(
+        file, "--judge", "python:some_judges:first", "--judge-logprobs", status=2
+    ).stderr
+    assert "--judge-logprobs needs each --judge behind HTTP" in " ".join(said.split())
+
+
+def test_a_limit_from_labelled_pairs(folder: Path) -> None:
+    """The judge sees length: right of 60 labelled prompts, at odds with itself on 20 more."""
+    rows = answers([str(k) for k in range(100)], lambda p: "longer" if int(p) < 60 else "same")
+    for k, row in enumerate(rows):
+        if k < 160:
+            row["meta"] = {"good": row["model"] == "new"}
+    file = write(folder / "all.jsonl", rows)
+    judge = (file, "--judge", "python:some_judges:longer", "--both-orders", "--label", "meta.good")
+    evaluate(*judge, "--abstain-risk", 0.1)
+    report = found(folder)
+    (one,) = report["calibration"]
+    assert (one["pairs"], one["kept"], one["wrong"], one["coverage"]) == (80, 60, 0, 0.75)
+    assert one["risk_bound"] == pytest.approx(1 - 0.00625 ** (1 / 60), abs=1e-6)
+    assert (report["results"][0]["wins"], report["results"][0]["abstained"]) == (60, 40)
+    assert "of 80 labelled pairs it keeps 60" in (folder / "evaluation/report.html").read_text()
+    said = " ".join(evaluate(*judge, "--abstain-risk", 0.05, status=2).stderr.split())
+    assert "0 of 60 wrong" in said
+    assert "at this share, 99 would do" in said  # 1 - 0.00625^(1/99) = 0.04997
+    for k, row in enumerate(rows):  # the same, of pairs
+        good = {"vs": "old", "p_win": 1} if row["model"] == "new" and k < 160 else None
+        row["meta"] = {"good": good}
+    evaluate(write(file, rows), *judge[1:], "--abstain-risk", 0.1)
+    assert found(folder)["calibration"] == [one]
 
 
 def test_each_misbehaviour_is_counted_as_what_it_is(server: Server, folder: Path) -> None:
@@ -378,9 +457,13 @@ def test_wrong_input_is_named(folder: Path) -> None:
     assert "line 3: is a second response of new" in errors
     assert "line 4: response is null; expected text" in errors
     assert "line 5: model is 3" in errors
+    risk = "--abstain-risk", 0.1, "--label", "good"
     for args, said in (
         ((), "expected either --judge SPEC"),
         ((*judge, "--abstain-above", 0.5), "needs --both-orders"),
+        ((*judge, "--abstain-risk", 0.1), "--abstain-risk SHARE and --label FIELD need each"),
+        ((*judge, "--both-orders", *risk), "of no pair it tells the better response"),
+        ((*judge, "--abstain-risk", 1, "--label", "good"), "expected a share, such as 0.1"),
         ((*judge, *judge), "two judges are the same"),
         ((*judge, "--against", "nil"), "--against 'nil' is no model"),
         (("--judge", "gpt-4"), "'gpt-4' is no judge; expected http://host/v1"),
