@@ -88,6 +88,29 @@ def measure(shape: Shape, variant: str) -> dict[str, Any]:
 
 
 Measure = Callable[[Shape, str], dict[str, Any]]
+RatioTable = Callable[[str, str, str, str, str], None]
+
+
+def show(
+    row: str,
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    benchmark: Any,
+    ratio_table: RatioTable,
+) -> None:
+    """CPU seconds and extra memory beside the baseline's, each as a row of the table."""
+    for label, field, scale, unit in (
+        ("CPU", "cpu_seconds", 1, "s"),
+        ("extra memory", "extra_bytes", 1e-6, "MB"),
+    ):
+        benchmark.extra_info[label] = {"ours": ours[field], "baseline": theirs[field]}
+        ratio_table(
+            "verifier",
+            row.format(label),
+            f"{ours[field] * scale:.4g} {unit}",
+            f"{theirs[field] * scale:.4g} {unit}",
+            f"{ours[field] / theirs[field]:.3f}",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +127,7 @@ def test_against(
     benchmark,
     quick: bool,
     measured: Measure,
-    ratio_table: Callable[[str, str, str, str, str], None],
+    ratio_table: RatioTable,
 ) -> None:
     if find_spec(BASELINES[baseline]) is None:
         pytest.skip(f"{baseline}: pip install -e '.[bench]'")
@@ -121,19 +144,7 @@ def test_against(
         return
     wall = {"ours": ours["wall_seconds"], "baseline": theirs["wall_seconds"]}
     benchmark.extra_info["wall"] = wall
-    for label, field, scale, unit in (
-        ("CPU", "cpu_seconds", 1, "s"),
-        ("extra memory", "extra_bytes", 1e-6, "MB"),
-    ):
-        ratio = ours[field] / theirs[field]
-        benchmark.extra_info[label] = {"ours": ours[field], "baseline": theirs[field]}
-        ratio_table(
-            "verifier",
-            f"{name}, {label}, {baseline}",
-            f"{ours[field] * scale:.4g} {unit}",
-            f"{theirs[field] * scale:.4g} {unit}",
-            f"{ratio:.3f}",
-        )
+    show(f"{name}, {{}}, {baseline}", ours, theirs, benchmark, ratio_table)
 
 
 @pytest.mark.parametrize("baseline", ["naive", "ours", "ours, singly, none kept"])
@@ -142,7 +153,7 @@ def test_rollouts_that_come_singly(
     benchmark,
     quick: bool,
     measured: Measure,
-    ratio_table: Callable[[str, str, str, str, str], None],
+    ratio_table: RatioTable,
 ) -> None:
     """What keeping a prompt between calls is worth."""
     shape = QUICK if quick else SHAPES["body-heavy"]
@@ -152,18 +163,7 @@ def test_rollouts_that_come_singly(
     assert errors.max() <= AGREEMENT
     if quick:
         return
-    for label, field, scale, unit in (
-        ("CPU", "cpu_seconds", 1, "s"),
-        ("extra memory", "extra_bytes", 1e-6, "MB"),
-    ):
-        benchmark.extra_info[label] = {"ours": ours[field], "baseline": theirs[field]}
-        ratio_table(
-            "verifier",
-            f"body-heavy, one response a call, {label}, {baseline}",
-            f"{ours[field] * scale:.4g} {unit}",
-            f"{theirs[field] * scale:.4g} {unit}",
-            f"{ours[field] / theirs[field]:.3f}",
-        )
+    show(f"body-heavy, one response a call, {{}}, {baseline}", ours, theirs, benchmark, ratio_table)
 
 
 @pytest.mark.parametrize("what", GROWTH)
@@ -172,7 +172,7 @@ def test_growth(
     benchmark,
     quick: bool,
     measured: Measure,
-    ratio_table: Callable[[str, str, str, str, str], None],
+    ratio_table: RatioTable,
 ) -> None:
     """CPU seconds and extra memory of ours, from the smallest size to the largest."""
     sizes = [(sum(QUICK.lengths), QUICK)] if quick else GROWTH[what]

@@ -1,4 +1,4 @@
-"""The harder half: answers of 60 to 200 tokens, in steps, that a program can check.
+"""The harder half: answers of 50 to 160 tokens, in steps, that a program can check.
 
 A short or a repetitive answer is always likely and always wrong: a sum that stops before the last
 number, a story that says a sentence twice. The wrong beliefs are one for each task, as in `tasks`.

@@ -82,10 +82,14 @@ def marked(
 ) -> torch.Tensor:
     """GRPO's advantages `[B, T]` of the program's grades: what a learning rate is to allow."""
     texts = (text_of(tokenizer, ids) for ids in response_ids)
-    grades_B1 = torch.tensor([[grade(p, text)] for p, text in zip(prompts, texts, strict=True)])
-    return group_advantages(grades_B1, torch.ones_like(grades_B1), groups).expand(
-        -1, max(map(len, response_ids))
-    )
+    marks = [grade(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return of_marks(marks, groups, max(map(len, response_ids)))
+
+
+def of_marks(marks: Sequence[float], groups: Sequence[int], width: int) -> torch.Tensor:
+    """GRPO's advantage of each response's mark, on all of its tokens: `[B, width]`."""
+    marks_B1 = torch.tensor(marks, dtype=torch.float32)[:, None]
+    return group_advantages(marks_B1, torch.ones_like(marks_B1), groups).expand(-1, width)
 
 
 def given_by(scorer: Any, candidate: Candidate, policy: Any) -> Advantages:

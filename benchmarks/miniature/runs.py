@@ -48,9 +48,13 @@ class World:
         return held_out_set(self.questions, tasks=HALVES[half])
 
 
+def file_name(name: str) -> str:
+    """A name without what file systems object to."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+
+
 def file_of(world: World, name: str, seed: int) -> Path:
-    safe = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
-    return world.folder / "runs" / f"{safe}.{seed}.json"
+    return world.folder / "runs" / f"{file_name(name)}.{seed}.json"
 
 
 def runs_of(world: World, name: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ TASKS = ("reverse", "sort", "add", "steps", "say")
 SHORT, LONG = (3,), (4, 5)
 """Lengths of letter strings, for numbers by length."""
 HALVES = {"short": TASKS, "long": long_tasks.TASKS}
-"""The two halves of the world: answers of a few tokens, and of 60 to 200."""
+"""The two halves of the world: answers of a few tokens, and of 50 to 160."""
 MAX_NEW = {"short": 24, "long": 200}
 """Responses are cut after so many tokens."""
 

@@ -24,10 +24,11 @@ from rich.table import Table
 from benchmarks import grpo
 from benchmarks.miniature.candidates import Candidate
 from benchmarks.miniature.evaluate import interval
-from benchmarks.miniature.rewards import Advantages, given_by
+from benchmarks.miniature.rewards import Advantages, given_by, of_marks
+from benchmarks.miniature.runs import file_name
 from benchmarks.real.models import GEMMA, ROOT, SMOLLM2
 from benchmarks.real.questions import EXAMPLES, OWN, ShortQuestions, read_questions
-from cme_reward import CMEConfig, TransformersVerifier, group_advantages
+from cme_reward import CMEConfig, TransformersVerifier
 from cme_reward.comparators import load_reward
 
 RETURNS = {"credit": "return", "scale": "batch"}
@@ -76,17 +77,14 @@ def advantages_of(name: str, environment: ShortQuestions, policy: Any, tokenizer
 
     def oracle(prompts: Sequence[str], _: Any, response_ids: Any, groups: Any) -> torch.Tensor:
         right = environment.marks(prompts, environment.texts(response_ids))
-        every_B1 = torch.ones(len(prompts), 1, dtype=torch.bool)
-        scalar_B1 = group_advantages(torch.tensor(right)[:, None].float(), every_B1, groups)
-        return scalar_B1.expand(-1, max(map(len, response_ids)))
+        return of_marks(right, groups, max(map(len, response_ids)))
 
     return oracle
 
 
 def run(given: argparse.Namespace, name: str, lr: float, seed: int) -> dict[str, Any]:
     """Train one policy and write its measurements, or read them."""
-    safe = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
-    file = given.out / f"{safe}.{lr:g}.{given.steps}.{seed}.json"
+    file = given.out / f"{file_name(name)}.{lr:g}.{given.steps}.{seed}.json"
     if file.is_file():
         return json.loads(file.read_text())
     loaded = TransformersVerifier.from_pretrained(given.policy, dtype="float32")

@@ -21,7 +21,6 @@ Answers and measures are kept in `--out`, so that the same command goes on where
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib
 import json
 import subprocess
@@ -37,7 +36,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.miniature.evaluate import interval
+from benchmarks.miniature.runs import file_name
 from benchmarks.real.models import ROOT
+from benchmarks.real.questions import json_lines
 from cme_reward import CMEConfig, CrossModelEntropy, TransformersVerifier
 from cme_reward.comparators import policy_statistics
 from cme_reward.metrics import repetition
@@ -59,14 +60,13 @@ Values = dict[str, list[float | None]]
 
 
 def read_lines(path: Path) -> list[Row]:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = [json.loads(line) for line in raw.decode().splitlines() if line.strip()]
-    return list({row["prompt"]: row for row in rows}.values())
+    """Each different prompt once, as its last line has it."""
+    return list({row["prompt"]: row for row in json_lines(path)}.values())
 
 
 def answered(model: str, rows: Sequence[Row], given: argparse.Namespace) -> list[Row]:
     """The model's answers, in the order of the rows; made where they are not there."""
-    prompts, file = given.out / "prompts.jsonl", given.out / f"{_safe(model)}.jsonl"
+    prompts, file = given.out / "prompts.jsonl", given.out / f"{file_name(model)}.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     script = str(ROOT / "adapters" / "trl" / "respond.py")
     tokens = ("--response-tokens", str(given.tokens))
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judge = CrossModelEntropy(given.judge).verifier
     measures = {}
     for model, made in answers.items():
-        file = given.out / f"{_safe(model)}.measures.json"
+        file = given.out / f"{file_name(model)}.measures.json"
         key = [given.judge, [[row["prompt"], row["response"]] for row in made]]
         kept = json.loads(file.read_text()) if file.is_file() else {}
         if kept.get("of") != key:
@@ -222,10 +222,6 @@ def _asked(tokenizer: Any, prompt: str) -> list[int]:
 
 def _quoted(text: str) -> str:
     return "\n".join(f"> {line}" for line in text.split("\n"))
-
-
-def _safe(model: str) -> str:
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in model)
 
 
 if __name__ == "__main__":

@@ -44,13 +44,17 @@ class Question:
     """Never trained on."""
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file, zipped or not."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in raw.decode().splitlines() if line.strip()]
+
+
 def read_questions(path: Path) -> list[Question]:
     """JSON lines with `prompt`, `answers` and perhaps `split`, of which "train" is trained on."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = [json.loads(line) for line in raw.decode().splitlines() if line.strip()]
     return [
         Question(row["prompt"], tuple(row["answers"]), row.get("split", "train") != "train")
-        for row in rows
+        for row in json_lines(path)
     ]
 
 

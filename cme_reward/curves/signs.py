@@ -46,22 +46,15 @@ def _length(series: Series) -> Iterator[str]:
         yield f"Responses went from {first:.3g} to {last:.3g} tokens. Read some of both ends."
 
 
-def _repetition(series: Series) -> Iterator[str]:
-    first, last = ends(series)
-    if last >= first + 0.05:
-        yield (
-            f"Repeated 4-grams went from {first:.1%} to {last:.1%}: what is repeated is expected, "
-            'and pays. Try credit="return" or level="sequence".'
-        )
+def _rises(by: float, says: str) -> Callable[[Series], Iterator[str]]:
+    """A share that has grown by so much; `says` is filled with what it was and what it is."""
 
+    def look(series: Series) -> Iterator[str]:
+        first, last = ends(series)
+        if last >= first + by:
+            yield says.format(first, last)
 
-def _whitespace(series: Series) -> Iterator[str]:
-    first, last = ends(series)
-    if last >= first + 0.1:
-        yield (
-            f"White space went from {first:.0%} to {last:.0%} of the tokens: without a reward of "
-            'its own nothing speaks against it. Try whitespace="keep".'
-        )
+    return look
 
 
 def _entropy(series: Series) -> Iterator[str]:
@@ -97,21 +90,24 @@ def _explained(series: Series) -> Iterator[str]:
         yield f"It ends at {last:.2f}: the reward is little but {'-' * (last < 0)}length."
 
 
-def _unclosed(series: Series) -> Iterator[str]:
-    first, last = ends(series)
-    if last >= first + 0.1:
-        yield f"Responses that end inside a thought went from {first:.0%} to {last:.0%}."
-
-
+REPETITION = (
+    "Repeated 4-grams went from {:.1%} to {:.1%}: what is repeated is expected, and pays. Try "
+    'credit="return" or level="sequence".'
+)
+WHITESPACE = (
+    "White space went from {:.0%} to {:.0%} of the tokens: without a reward of its own nothing "
+    'speaks against it. Try whitespace="keep".'
+)
+UNCLOSED = "Responses that end inside a thought went from {:.0%} to {:.0%}."
 RULES: list[tuple[str, Callable[[Series], Iterator[str]]]] = [
     (LENGTH, _length),
-    (r"cme/repetition$", _repetition),
-    (r"cme/whitespace$", _whitespace),
+    (r"cme/repetition$", _rises(0.05, REPETITION)),
+    (r"cme/whitespace$", _rises(0.1, WHITESPACE)),
     (ENTROPY, _entropy),
     (r"cme/(token_reward_std|credited)$", _spread),
     (r"cme/coverage$", _coverage),
     (r"cme/truncated$", _truncated),
     (r"cme/length_correlation$", _explained),
-    (r"cme/thinking_unclosed$", _unclosed),
+    (r"cme/thinking_unclosed$", _rises(0.1, UNCLOSED)),
 ]
 """Names of metrics in any of the trainers, and what is looked for in them."""
