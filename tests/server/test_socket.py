@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from server_tools import Program, refused
+from server_tools import GOOD, Program, refused
 from tokenizer_kinds import TEXTS
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -260,6 +260,15 @@ def test_no_request_that_its_own_document_describes_makes_the_server_fail(
     assert 'status="500"' not in metrics
 
 
+def unfinished(server: Program) -> tuple[socket.socket, bytes]:
+    """A request that lacks its body's other half, so that no server is through before it comes."""
+    body = json.dumps(GOOD).encode()
+    half = len(body) // 2
+    raw = connected(server, request(body[:half], len(body)))
+    until(lambda: server.metric("cme_requests_held") == 1)
+    return raw, body[half:]
+
+
 def test_sigterm_under_load(tmp_path: Path, scorer: CrossModelEntropy) -> None:
     """What was accepted is answered, what comes then is told to go elsewhere."""
     program = Program(*MODELS, "--max-batch-tokens", "1", cwd=tmp_path)
@@ -275,17 +284,17 @@ def test_sigterm_under_load(tmp_path: Path, scorer: CrossModelEntropy) -> None:
     tick = threading.Event()
 
     def keep_asking() -> None:
-        small = {"prompts": ["a"], "responses": ["b"]}
         with httpx.Client(base_url=program.url, timeout=PATIENCE) as client:
             while not tick.wait(0.05):
                 try:
-                    late.append(client.post("/v1/score", json=small))
+                    late.append(client.post("/v1/score", json=GOOD))
                 except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError):
                     return  # the port is closed
 
-    with ThreadPoolExecutor(n + 2) as pool:
+    raw, rest = unfinished(program)
+    with raw, ThreadPoolExecutor(n + 2) as pool:
         replies = [pool.submit(post, k) for k in range(n)]
-        until(lambda: program.metric("cme_requests_held") == n)
+        until(lambda: program.metric("cme_requests_held") == 1 + n)
         program.process.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{program.url}/health").status_code == 503)
         asking = [pool.submit(keep_asking) for _ in range(2)]
@@ -293,10 +302,12 @@ def test_sigterm_under_load(tmp_path: Path, scorer: CrossModelEntropy) -> None:
             got = reply.result()
             assert got.status_code == 200, got.text
             assert got.json()["sequence_rewards"] == pytest.approx(expected, abs=1e-5)
+        until(lambda: len(late) > 0)
+        raw.sendall(rest)
+        assert until_closed(raw).startswith(b"HTTP/1.1 200 ")
         for thread in asking:
             thread.result()
     assert program.stop(None) == 0
-    assert late
     for got in late:
         refused(got, 503, "ShuttingDown", "send the request to another one")
         assert got.headers["connection"] == "close"
@@ -309,23 +320,28 @@ def test_asked_twice_it_stops_at_once_and_says_what_is_lost(
     tmp_path: Path, scorer: CrossModelEntropy
 ) -> None:
     program = Program(*MODELS, "--max-batch-tokens", "1", cwd=tmp_path)
-    body = {"prompts": ["a"], "response_ids": rollouts(scorer, words=2)}
+    body = {"prompts": ["a"], "response_ids": 20 * rollouts(scorer, words=2)}
 
     def post(k: int) -> httpx.Response:
         return httpx.post(f"{program.url}/v1/score", json=body, timeout=PATIENCE)
 
-    with ThreadPoolExecutor(8) as pool:
+    raw, _ = unfinished(program)
+    with raw, ThreadPoolExecutor(8) as pool:
         replies = [pool.submit(post, k) for k in range(8)]
-        until(lambda: program.metric("cme_requests_held") == 8)
+        until(lambda: program.metric("cme_requests_held") == 1 + 8)
         program.process.send_signal(signal.SIGINT)
         until(lambda: httpx.get(f"{program.url}/health").status_code == 503)
         assert program.stop(signal.SIGINT) == 1
-        lost = [r.result() for r in replies if r.result().status_code != 200]
+        got = [r.result() for r in replies]
+        reply = until_closed(raw)
+    assert reply.startswith(b"HTTP/1.1 503 ")
+    assert b"ShuttingDown" in reply
+    lost = [r for r in got if r.status_code != 200]
     log = "".join(program.log)
-    assert f"stopped, with {len(lost)} requests unanswered" in log
+    for answer in lost:
+        refused(answer, 503, "ShuttingDown", "send the request to another one")
+    assert f"stopped, with {1 + len(lost)} requests unanswered" in log
     assert "Traceback" not in log
-    for got in lost:
-        refused(got, 503, "ShuttingDown", "send the request to another one")
 
 
 @pytest.fixture
