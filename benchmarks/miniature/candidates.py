@@ -90,6 +90,15 @@ class Candidate:
     """Three verifiers alike but for their seeds: their mean minus this many deviations."""
     minus: float = 0.0
     """This many times a weaker verifier's log-prob is subtracted."""
+    early: float = 0.0
+    """Advantages count more, up to 1 and this, the less of the response's rewards lies before
+    them: in nats, without sign (IW-OPD, arXiv 2606.22600)."""
+    kept: float = 1.0
+    """Share of the prompts that are learnt from: those whose responses' rewards differ most (RLPR,
+    arXiv 2506.18254; DRO, 2506.13351)."""
+    shorter: float = 0.0
+    """The sequence reward as a probability, divided by 1 and this many times the length in units of
+    the group's mean (after GR3, arXiv 2603.10535)."""
 
     def verifier(self, verifier: Any, others: Sequence[Any] = ()) -> Any:
         """The verifier, changed; `others` are the ensemble's, or the weaker one."""
@@ -104,7 +113,13 @@ class Candidate:
             batch = replace(batch, sequence_rewards=self._softly_worst(batch))
         if self.centre:
             batch = replace(batch, token_rewards=centred(batch, groups))
+        if self.shorter:
+            batch = replace(batch, sequence_rewards=shortened(batch, groups, self.shorter))
         own_BT = batch.advantages(groups)
+        if self.early:
+            own_BT = own_BT * earliness(batch.token_rewards, self.early)
+        if self.kept < 1:
+            own_BT = own_BT * most_different(batch.sequence_rewards, groups, self.kept)[:, None]
         if not (self.blend or self.gate):
             return own_BT
         whole = replace(batch, config=replace(batch.config, level="sequence", credit="token"))
@@ -139,6 +154,29 @@ def centred(batch: CMEBatch, groups: Sequence[int]) -> torch.Tensor:
     sums_G = sums_G.index_add(0, group_B, own_B2.double())
     mean_B1 = (sums_G[:, 0] / sums_G[:, 1].clamp(min=1))[group_B][:, None]
     return torch.where(batch.mask, batch.token_rewards - mean_B1, 0).to(batch.token_rewards.dtype)
+
+
+def earliness(rewards_BT: torch.Tensor, more: float) -> torch.Tensor:
+    """`1 + more * (1 - sum of |r| up to the token / sum of |r|)`, `[B, T]`; nowhere rewarded: 1."""
+    size_BT = rewards_BT.abs()
+    whole_B1 = size_BT.sum(1, keepdim=True)
+    gone_BT = torch.where(whole_B1 > 0, size_BT.cumsum(1) / whole_B1, 1)
+    return 1 + more * (1 - gone_BT)
+
+
+def most_different(rewards_B: torch.Tensor, groups: Sequence[int], share: float) -> torch.Tensor:
+    """`[B]` bool: in the groups, so many of them, whose rewards have the largest deviations."""
+    group_B = torch.tensor(groups)
+    spread_G = torch.stack([rewards_B[group_B == g].std() for g in group_B.unique()])
+    best = spread_G.argsort(descending=True)[: max(1, round(share * len(spread_G)))]
+    return torch.isin(group_B, group_B.unique()[best])
+
+
+def shortened(batch: CMEBatch, groups: Sequence[int], more: float) -> torch.Tensor:
+    """`exp(reward) / (1 + more * length / the group's mean length)`, `[B]`."""
+    group_B, length_B = torch.tensor(groups), batch.sampled.sum(1).float()
+    mean_B = torch.stack([length_B[group_B == g].mean() for g in groups])
+    return batch.sequence_rewards.exp() / (1 + more * length_B / mean_B.clamp(min=1))
 
 
 def bounded_power(logp: np.ndarray, power: float) -> np.ndarray:

@@ -23,9 +23,11 @@ from cme_reward.comparators import (
 )
 from cme_reward.verifiers.hf import TransformersVerifier
 
+WHOLE: dict[str, Any] = {"answer": lambda text: text or None}
+"""Answers are short enough to be compared as a whole."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    # Answers are short enough to be compared as a whole.
-    "ttrl": {"answer": lambda text: text or None},
+    "ttrl": WHOLE,
+    "evol-rl": WHOLE,
     "rlme": {"questions": [MetaQuestion(META_QUESTION)], "template": META_TEMPLATE},
 }
 Advantages = Callable[

@@ -12,6 +12,7 @@ from cme_reward.comparators.answers import final_answer
 from cme_reward.comparators.base import Comparator
 from cme_reward.comparators.controls import random_verifier, self_verifier, verifier_spec
 from cme_reward.comparators.em_rl import EMRLSequence, EMRLToken
+from cme_reward.comparators.evol_rl import EvolRL
 from cme_reward.comparators.intuitor import Intuitor
 from cme_reward.comparators.policy import PolicyStatistics, policy_statistics
 from cme_reward.comparators.rent import RENT
@@ -31,6 +32,7 @@ __all__ = [
     "Comparator",
     "EMRLSequence",
     "EMRLToken",
+    "EvolRL",
     "Intuitor",
     "MetaQuestion",
     "PolicyStatistics",
@@ -51,6 +53,7 @@ REWARDS = {
     "em-rl-sequence": "the generator's own log-prob of the response (arXiv 2505.15134)",
     "intuitor": "self-certainty of the generator (arXiv 2505.19590)",
     "ttrl": "agreement with the majority of the rollouts (arXiv 2504.16084)",
+    "evol-rl": "the same, and difference from the other rollouts (arXiv 2509.15194)",
     "rlme": "an evaluator's answers to questions about the response (arXiv 2601.21268)",
     "self": "control: cross-model entropy of the generator as it was before training",
     "random": "control: cross-model entropy of the verifier's architecture, untrained",
@@ -63,6 +66,7 @@ _OWN: dict[str, Callable[..., Comparator]] = {
     "em-rl-sequence": EMRLSequence,
     "intuitor": Intuitor,
     "ttrl": TTRL,
+    "evol-rl": EvolRL,
 }
 
 

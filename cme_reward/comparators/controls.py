@@ -104,12 +104,14 @@ _DISTRIBUTIONS = (
     "is made of the policy's distributions at every position, of which the reward is handed the "
     "sampled tokens alone"
 )
+_VOTE = "is a vote over all rollouts of a prompt, which are scored one at a time"
 _ELSEWHERE = {
     "rent": _DISTRIBUTIONS,
     "em-rl-token": _DISTRIBUTIONS,
     "em-rl-sequence": "is the policy's own log-prob, which is no reward of a verifier",
     "intuitor": _DISTRIBUTIONS,
-    "ttrl": "is a vote over all rollouts of a prompt, which are scored one at a time",
+    "ttrl": _VOTE,
+    "evol-rl": _VOTE,
     "rlme": "asks the verifier questions about a response, which the shared verifier is not asked",
 }
 

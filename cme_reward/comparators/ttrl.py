@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cme_reward._keys import prompt_key
 from cme_reward.comparators.answers import final_answer
-from cme_reward.comparators.base import Call, Comparator, Values
+from cme_reward.comparators.base import Call, Comparator, Float64, Values
 from cme_reward.config import CMEConfig
 
 
@@ -55,14 +56,21 @@ class TTRL(Comparator):
             groups[prompt_key(prompt)].append(b)
         rewards_B, shares = np.zeros(len(answers)), []
         for members in groups.values():
-            votes = Counter(answers[b] for b in members if answers[b] is not None)
+            mine = [answers[b] for b in members]
+            votes = Counter(answer for answer in mine if answer is not None)
             winner, count = votes.most_common(1)[0] if votes else (None, 0)
             shares.append(count / len(members))
-            for b in members:
-                rewards_B[b] = answers[b] is not None and answers[b] == winner
+            agrees = np.array([answer is not None and answer == winner for answer in mine])
+            rewards_B[members] = self.judged([texts[b] for b in members], mine, agrees)
         unanswered = sum(answer is None for answer in answers)
         metrics = {
             "majority_share": float(np.mean(shares)) if shares else 0.0,
             "answered": 1 - unanswered / len(answers) if answers else 0.0,
         }
         return Values(rewards_B, None, metrics)
+
+    def judged(
+        self, texts: Sequence[str], answers: Sequence[Hashable], agrees: NDArray[np.bool_]
+    ) -> Float64:
+        """Rewards of one prompt's rollouts, of which some agree with the most frequent answer."""
+        return agrees.astype(np.float64)

@@ -19,13 +19,14 @@ from cme_reward.trl import cme_reward_func
 
 pytestmark = pytest.mark.slow
 
-SCALARS = ["rent", "em-rl-token", "em-rl-sequence", "intuitor", "ttrl", "rlme"]
+SCALARS = ["rent", "em-rl-token", "em-rl-sequence", "intuitor", "ttrl", "evol-rl", "rlme"]
 VOCABULARY = len(tiny.tokenizer())
 
 
 def options_of(name: str) -> dict[str, Any]:
     """Of rewards that need some; untrained rollouts hardly agree on an answer."""
-    return {"ttrl": {"answer": tiny.text_length}, "self": {"policy": tiny.policy()}}.get(name, {})
+    lengths = {"answer": tiny.text_length}
+    return {"ttrl": lengths, "evol-rl": lengths, "self": {"policy": tiny.policy()}}.get(name, {})
 
 
 def train(made: Any) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
@@ -74,17 +75,43 @@ def yes(row: dict[str, Any]) -> float:
     return sum(tiny.verifier_logprobs(prompt, reader.encode("Yes", add_special_tokens=False)))
 
 
+def novelties(texts: list[str], agrees: list[bool]) -> list[float]:
+    """Evol-RL's reward of rollouts that all have an answer, in loops."""
+
+    def like(a: str, b: str) -> float:
+        first, second = ([t[k : k + 3] for k in range(max(1, len(t) - 2))] for t in (a, b))
+        shared = sum(first.count(p) * second.count(p) for p in set(first))
+        sizes = (math.sqrt(sum(x.count(p) ** 2 for p in set(x))) for x in (first, second))
+        return shared / math.prod(sizes)
+
+    def novelty(k: int) -> float:
+        others = [j for j in range(len(texts)) if j != k]
+        mean = statistics.fmean(like(texts[k], texts[j]) for j in others if agrees[j] == agrees[k])
+        return 1 - (mean + max(like(texts[k], texts[j]) for j in others)) / 2
+
+    rewards = []
+    for k, agree in enumerate(agrees):
+        side = [j for j in range(len(texts)) if agrees[j] == agree]
+        share = 1.0
+        if len(side) > 1:
+            low, high = min(map(novelty, side)), max(map(novelty, side))
+            share = (novelty(k) - low) / (high - low) if high - low > 1e-9 else 0.5
+        rewards.append((0.5 if agree else -1.0) + share / 2)
+    return rewards
+
+
 def scalar(name: str, group: list[dict[str, Any]], policy: Any, temperature: float) -> list[float]:
     """The rewards of the rollouts of one prompt."""
     if name == "rlme":
         return [yes(row) for row in group]
-    if name == "ttrl":
+    if name in ("ttrl", "evol-rl"):
         texts = [tiny.tokenizer().decode(r["ids"], skip_special_tokens=True) for r in group]
         votes = [tiny.text_length(text) for text in texts]
         most = max(votes.count(vote) for vote in votes)
         as_sampled = sorted(range(len(group)), key=lambda k: group[k]["position"])
         winner = next(votes[k] for k in as_sampled if votes.count(votes[k]) == most)
-        return [float(vote == winner) for vote in votes]
+        agrees = [vote == winner for vote in votes]
+        return novelties(texts, agrees) if name == "evol-rl" else [float(a) for a in agrees]
     rewards = []
     for row in group:
         views = own_view(row, policy, temperature)

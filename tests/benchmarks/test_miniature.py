@@ -20,7 +20,15 @@ from trl_tiny import tokenizer as other_tokenizer
 from benchmarks.grpo import Settings, divergence, train
 from benchmarks.miniature import decide, evaluate, grammar, models, rewards, ship, tasks, vocabulary
 from benchmarks.miniature.__main__ import SMALL, main
-from benchmarks.miniature.candidates import Candidate, centred, next_prompts, soft_minimum
+from benchmarks.miniature.candidates import (
+    Candidate,
+    centred,
+    earliness,
+    most_different,
+    next_prompts,
+    shortened,
+    soft_minimum,
+)
 from benchmarks.miniature.cast import Cast, flawed, question_about, slip, with_verdicts
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS
 from benchmarks.miniature.demo import main as main_of_demo
@@ -269,6 +277,25 @@ def test_centred_rewards_by_hand() -> None:
     assert centred(batch, [0, 0, 1]).tolist() == expected
     nothing: Any = SimpleNamespace(token_rewards=torch.zeros(1, 2), mask=torch.zeros(1, 2).bool())
     assert centred(nothing, [0]).tolist() == [[0, 0]]
+
+
+def test_weights_of_tokens_prompts_and_lengths_by_hand() -> None:
+    rewards_BT = torch.tensor([[-1.0, 3, 0, -4], [0, 0, 0, 0]])
+    # 1, 4, 4 and 8 of 8 nats have passed.
+    expected = [[1 + 7 / 16, 1 + 4 / 16, 1 + 4 / 16, 1], [1, 1, 1, 1]]
+    assert earliness(rewards_BT, 0.5).tolist() == expected
+    sequence_B = torch.tensor([-1.0, -2, -1, -5, -3, -3])
+    kept = most_different(sequence_B, [0, 0, 1, 1, 2, 2], 0.5)  # round(1.5) = 2 of three
+    assert kept.tolist() == [True, True, True, True, False, False]
+    fewest = most_different(sequence_B, [0, 0, 1, 1, 2, 2], 0.1)
+    assert fewest.nonzero()[:, 0].tolist() == [2, 3]  # one prompt at least
+    batch: Any = SimpleNamespace(
+        sequence_rewards=torch.log(torch.tensor([0.5, 0.5, 0.8])),
+        sampled=torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0]]).bool(),
+    )
+    # Lengths 1 and 3, their mean 2; a response of nothing is not made longer.
+    found = shortened(batch, [0, 0, 1], 1.0)
+    assert found.tolist() == pytest.approx([0.5 / 1.5, 0.5 / 2.5, 0.8])
 
 
 def test_the_oracle_knows_the_grades() -> None:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import load_tokenizer
 
-from cme_reward import SpanTable
-from cme_reward.comparators import TTRL, final_answer
+from cme_reward import InputError, SpanTable
+from cme_reward.comparators import TTRL, EvolRL, final_answer
+from cme_reward.comparators.evol_rl import shared_trigrams
 
 TOKENIZER = load_tokenizer("byte-level")
 TABLE = SpanTable(TOKENIZER)
@@ -105,3 +108,52 @@ def test_final_answer_takes_any_text() -> None:
         text = "".join(rng.choice(r"\boxed{}{} 0123.,-+ab") for _ in range(rng.randrange(40)))
         answer: Any = final_answer(text)
         assert answer is None or (answer and answer == " ".join(answer.split()))
+
+
+def test_majority_and_novelty_by_hand() -> None:
+    """Answers to p: 5, 5, 5, 6, 7 and none; similarities are what the table says."""
+    texts = ["a 5", "b 5", "c 5", "6", "7", ""]
+    alike = np.full((5, 5), 0.2)
+    alike[0, 1] = alike[1, 0] = 0.8
+    alike[3, 0] = alike[0, 3] = 0.4
+
+    def table(given: Sequence[str]) -> np.ndarray:
+        assert list(given) == texts[:5]  # an empty text has no answer, and is compared with nobody
+        return alike
+
+    batch = EvolRL(TOKENIZER, similarity=table)(["p"] * 6, encoded(texts))
+    # The majority: means 0.5, 0.5, 0.2 and maxima 0.8, 0.8, 0.2, novelties 0.35, 0.35, 0.8.
+    # The others: means 0.2 both, maxima 0.4 and 0.2, novelties 0.7 and 0.8.
+    assert batch.sequence_rewards.tolist() == pytest.approx([0.5, 0.5, 1, -1, -0.5, -1])
+    assert batch.metrics["majority_share"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([], []),
+        (["5"], [1]),
+        (["5", "5"], [0.75, 0.75]),
+        (["5", "6"], [1, -0.5]),
+        (["", ""], [-1, -1]),
+    ],
+)
+def test_novelty_where_there_is_none(texts: list[str], expected: list[float]) -> None:
+    batch = EvolRL(TOKENIZER)(["p"] * len(texts), encoded(texts))
+    assert batch.sequence_rewards.tolist() == expected
+
+
+def test_trigrams_by_hand() -> None:
+    # abc, bcd against abc, bcx: one of two shared. A short text is one piece.
+    found = shared_trigrams(["abcd", "abcx", "ab", "ab", "", ""])
+    assert found[0].tolist() == pytest.approx([1, 0.5, 0, 0, 0, 0])
+    assert found[2].tolist() == pytest.approx([0, 0, 1, 1, 0, 0])
+    assert found[4].tolist() == pytest.approx([0, 0, 0, 0, 1, 1])
+
+
+def test_a_similarity_of_the_wrong_shape_is_an_error() -> None:
+    def wrong(texts: Sequence[str]) -> np.ndarray:
+        return np.ones(len(texts))
+
+    with pytest.raises(InputError, match=r"expected \(2, 2\) finite ones from 0 to 1"):
+        EvolRL(TOKENIZER, similarity=wrong)(["p"] * 2, encoded(["1", "2"]))
