@@ -233,6 +233,7 @@ def _harder() -> list[Condition]:
         harder("Evol-RL", reward="evol-rl"),
         harder("sequence, KL 0.01", kl=0.01, **sequence),
         harder("sequence, KL 0.1", kl=0.1, **sequence),
+        harder("token, white space kept, KL 0.1", kl=0.1, whitespace="keep"),
         harder("1,000 updates, token", steps=1000),
         harder("1,000 updates, token, white space kept", steps=1000, whitespace="keep"),
         harder("1,000 updates, sequence", steps=1000, **sequence),

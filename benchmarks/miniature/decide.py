@@ -88,6 +88,8 @@ PAIRS = {
         ("Evol-RL", "TTRL"),
         ("sequence, KL 0.01", "sequence"),
         ("sequence, KL 0.1", "sequence"),
+        ("token, white space kept, KL 0.1", "token, white space kept"),
+        ("token, white space kept", "sequence"),
         ("1,000 updates, token, white space kept", "1,000 updates, token"),
         ("1,000 updates, sequence", "1,000 updates, token"),
         ("1,000 updates, sequence", "1,000 updates, token, white space kept"),
