@@ -103,7 +103,7 @@ def assemble(
         "token_reward_std": spread(rewards_N[scored_N]),
         "sequence_reward_mean": mean(sequence_B),
         "dropped_nats": mean(dropped_B),
-        **_of_reading(scores, layout, config),
+        **_of_reading(scores, layout),
         **_of_responses(sequence_B, layout),
     }
     if config.level == "sequence":
@@ -184,15 +184,14 @@ def policy_part(policy: Float64 | None, score: SegmentScores, layout: Layout) ->
     return own_N
 
 
-def _of_reading(
-    scores: Sequence[SegmentScores], layout: Layout, config: CMEConfig
-) -> dict[str, float]:
+def _of_reading(scores: Sequence[SegmentScores], layout: Layout) -> dict[str, float]:
     """Metrics of how much of the responses the verifiers read."""
     segments, n_rows = layout.segments, max(len(layout.ids), 1)
     truncated_n = np.logical_or.reduce([score.truncated_n for score in scores])
     n_verifier_tokens = sum(score.counts_n.sum() for score in scores) / len(scores)
     return {
-        "coverage": mean(_covered(scores)[layout.with_text(config)], empty=1.0),
+        # Not of white space, which a normaliser may take (BERT's, T5's).
+        "coverage": mean(_covered(scores)[layout.kinds == TEXT], empty=1.0),
         "verifier_tokens_per_token": float(n_verifier_tokens / max(layout.sampled_N.sum(), 1)),
         "truncated": float(len(set(layout.row_n[truncated_n].tolist()))),
         "special_masked": sum(map(_inner_specials, segments)) / n_rows,

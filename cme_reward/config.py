@@ -27,7 +27,7 @@ class CMEConfig:
 
     From keyword arguments, or through `from_dict` (also a hydra / OmegaConf node), `from_yaml` and
     `from_env`. An unknown key raises `ConfigError` naming the nearest known one. The paper to the
-    letter (arXiv 2605.29009, Appendix B) is `CMEConfig(eos="mask")`.
+    letter (arXiv 2605.29009, Appendix B) is `CMEConfig(whitespace="mask", eos="mask")`.
     """
 
     level: Level = "token"
@@ -43,9 +43,9 @@ class CMEConfig:
     gamma: float = 1.0
     """Discount of `credit="return"`, from 0 (a token's own reward) to 1."""
 
-    whitespace: Literal["mask", "keep"] = "mask"
-    """"mask" (paper): tokens of white space only get no reward; a policy of long answers may hide
-    in them (docs/evidence.md). "keep": they are scored."""
+    whitespace: Literal["keep", "mask"] = "keep"
+    """"keep": tokens of white space only are scored as others are. "mask" (paper): they get no
+    reward, and a policy of long answers learns to go on in them (docs/evidence.md)."""
 
     eos: Literal["score", "mask"] = "score"
     """"score": the generator's EOS gets the verifier's end-of-turn log-prob, so that stopping earns

@@ -30,7 +30,9 @@ METRICS = {
     "token_reward_std": Metric("nats", "tokens", "sample standard deviation of these rewards"),
     "sequence_reward_mean": Metric("nats", "batch", "mean sequence reward (Eq. 3)"),
     "coverage": Metric(
-        "share", "mean", "of tokens with text, those all of whose text the verifier scored"
+        "share",
+        "mean",
+        "of tokens with text other than white space, those all of whose text the verifier scored",
     ),
     "dropped_nats": Metric("nats", "mean", "a response's surprise that lies on masked tokens"),
     "verifier_tokens_per_token": Metric(

@@ -48,7 +48,7 @@ def score(prompts: list[str], answers: list[str]) -> CMEBatch:
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     usual: Verifier = Unigram(tokenizer, "The answer is seven. She has seven apples.")
     shared = BatchingVerifier(usual)  # for many threads at a time
-    config = CMEConfig(whitespace="keep", eos="mask")
+    config = CMEConfig(eos="mask")
     with CrossModelEntropy(Ensemble([shared, usual]), str(folder), config) as reward:
         return reward.score_texts(prompts, answers, ended=False)
 

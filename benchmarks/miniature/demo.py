@@ -21,7 +21,7 @@ from benchmarks.miniature.tasks import TASKS, Example, held_out_set
 from cme_reward import CMEConfig, CrossModelEntropy
 from cme_reward.heatmap.render import ResponseView, TokenView, print_heat_map, render_html
 
-CONDITION = Condition("CME, token, in TRL", trainer="trl")
+CONDITION = Condition("CME, token, in TRL", trainer="trl", config={"whitespace": "keep"})
 
 
 def main(
@@ -39,7 +39,7 @@ def main(
     test = held_out_set(questions)
     verifier = rewards.verifier(cast, STRONGEST)
 
-    scorer = CrossModelEntropy(verifier, tokenizer, CMEConfig())
+    scorer = CrossModelEntropy(verifier, tokenizer, CMEConfig(**CONDITION.config))
     example = first_wrong(policy, tokenizer, test)
     before = view(policy, tokenizer, scorer, example, "before")
     console.print(

@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "evol-rl": WHOLE,
     "rlme": {"questions": [MetaQuestion(META_QUESTION)], "template": META_TEMPLATE},
 }
+PAPER: dict[str, Any] = {"whitespace": "mask"}
+"""Of conditions that say nothing else."""
 Advantages = Callable[
     [Sequence[str], Sequence[Sequence[int]], Sequence[Sequence[int]], Sequence[int]], torch.Tensor
 ]
@@ -61,7 +63,7 @@ def reward(condition: Condition, cast: Cast, policy: Any) -> Any:
     return load_reward(
         condition.reward,
         cast.tokenizer("pretrained"),
-        CMEConfig(**condition.config),
+        CMEConfig(**{**PAPER, **condition.config}),
         verifier=asked(condition, cast) if needs_verifier else None,
         policy=policy,
         **OPTIONS.get(condition.reward, {}),

@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks import grpo
 from benchmarks.miniature.candidates import Candidate
 from benchmarks.miniature.evaluate import interval
-from benchmarks.miniature.rewards import Advantages, given_by, of_marks
+from benchmarks.miniature.rewards import PAPER, Advantages, given_by, of_marks
 from benchmarks.miniature.runs import file_name
 from benchmarks.real.models import GEMMA, ROOT, SMOLLM2
 from benchmarks.real.questions import EXAMPLES, OWN, ShortQuestions, read_questions
@@ -41,6 +41,7 @@ CONDITIONS: dict[str, tuple[str, dict[str, Any], Candidate]] = {
     "sequence": ("cme", {"level": "sequence"}, Candidate()),
     "return": ("cme", {**RETURNS}, Candidate()),
     "return, policy baseline": ("cme", {**RETURNS, **POLICY}, Candidate()),
+    "token, white space kept": ("cme", {"whitespace": "keep"}, Candidate()),
     "token, policy baseline": ("cme", {**POLICY}, Candidate()),
     "sequence, policy baseline": ("cme", {"level": "sequence", **POLICY}, Candidate()),
     "return, policy baseline, another question": (
@@ -58,7 +59,7 @@ CONDITIONS: dict[str, tuple[str, dict[str, Any], Candidate]] = {
 CONDITIONS |= {
     f"{name}, examples": (reward, {**config, "examples": EXAMPLES}, candidate)
     for name, (reward, config, candidate) in CONDITIONS.items()
-    if name in ("token", "sequence", "return", "return, policy baseline",
+    if name in ("token", "token, white space kept", "sequence", "return", "return, policy baseline",
                 "sequence, policy baseline", "return, policy baseline, another question", "random")
 }  # fmt: skip
 
@@ -70,7 +71,9 @@ def advantages_of(name: str, environment: ShortQuestions, policy: Any, tokenizer
         judge = candidate.verifier(verifier) if reward == "cme" else verifier
         options = {} if reward == "rent" else {"verifier": judge}
         return given_by(
-            load_reward(reward, tokenizer, CMEConfig(**config), policy=policy, **options),
+            load_reward(
+                reward, tokenizer, CMEConfig(**{**PAPER, **config}), policy=policy, **options
+            ),
             candidate,
             policy,
         )

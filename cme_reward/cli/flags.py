@@ -41,7 +41,7 @@ Settings = Annotated[
     reward(
         "--set",
         metavar="KEY=VALUE",
-        help="A setting of CMEConfig, such as whitespace=keep, eos=mask or "
+        help="A setting of CMEConfig, such as level=sequence, eos=mask or "
         "system_prompt='Be brief.'; may be repeated. An unknown key lists them all.",
     ),
 ]

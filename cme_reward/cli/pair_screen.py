@@ -55,7 +55,7 @@ def _show_samples(found: PairCheck, console: Console) -> None:
     console.print()
     console.print(samples)
     legend = (
-        "Tokens that are only white space, or part of a character that is cut off, have no reward. "
+        "Special tokens, and parts of a character that is cut off, have no reward. "
         "Dropped is the share of the log-probability on them, if all verifier tokens were equally "
         "likely."
     )

@@ -95,8 +95,8 @@ REPETITION = (
     'credit="return" or level="sequence".'
 )
 WHITESPACE = (
-    "White space went from {:.0%} to {:.0%} of the tokens: without a reward of its own nothing "
-    'speaks against it. Try whitespace="keep".'
+    'White space went from {:.0%} to {:.0%} of the tokens. With whitespace="mask" nothing speaks '
+    "against it; otherwise look at the samples."
 )
 UNCLOSED = "Responses that end inside a thought went from {:.0%} to {:.0%}."
 RULES: list[tuple[str, Callable[[Series], Iterator[str]]]] = [

@@ -265,7 +265,8 @@ def test_samples_of_a_step(tmp_path: Path) -> None:
     """The first rollout of a prompt; what the environment pays is in no log-prob."""
     tokenizer = load_tokenizer("byte-level")
     verifier = TableVerifier(tokenizer)
-    scorer = make_scorer(Settings(verifier="here"), verifier, tokenizer)
+    masking = Settings(verifier="here", samples=1, config=CMEConfig(whitespace="mask"))
+    scorer = make_scorer(masking, verifier, tokenizer)
     prompt = tokenizer(rendered(tokenizer), add_special_tokens=False)["input_ids"]
     texts = ["five\n 5", "six", "", "seven"]
     rollouts, wanted = [], []
@@ -284,7 +285,7 @@ def test_samples_of_a_step(tmp_path: Path) -> None:
     told: list[tuple[list[Any], int]] = []
 
     class Trainer:
-        experience_maker = SimpleNamespace(_cme_settings=Settings(verifier="here", samples=1))
+        experience_maker = SimpleNamespace(_cme_settings=masking)
         tensorboard_logger: Any = None
         args = SimpleNamespace(ckpt=SimpleNamespace(output_dir=str(tmp_path / "out")))
 

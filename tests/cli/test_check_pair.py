@@ -70,21 +70,20 @@ def test_verifiers_that_keep_every_byte_align_exactly(generator: str, verifier: 
 
 def test_counts_by_hand() -> None:
     found = by_name(pair("bytes", "bytes"))
-    # "a", 30 spaces, "b", 6 line breaks, 6 tabs, "c", space, U+3000 (3 bytes), space, "d": 51
-    # bytes, of which 4 are not white space. As many verifier tokens, each -1: 47 of 51 dropped.
+    # "a", 30 spaces, "b", 6 line breaks, 6 tabs, "c", space, U+3000 (3 bytes), space, "d":
+    # 51 bytes.
     sample = found["long whitespace"]
     assert (sample.generator_tokens, sample.verifier_tokens) == (51, 51)
-    assert sample.rewarded == pytest.approx(4 / 51)
-    assert sample.dropped == pytest.approx(47 / 51)
+    assert (sample.rewarded, sample.dropped) == (1, 0)
     english = found["English"]
     n_bytes = len(SAMPLES["English"].encode())
     assert english.generator_tokens == english.verifier_tokens == n_bytes
-    # Its 11 spaces are tokens of their own here.
-    assert english.rewarded == pytest.approx(1 - 11 / n_bytes)
+    assert english.rewarded == 1
     # The cut: 3 of the 4 bytes of the last character are left, and not shown to the verifier.
     cut = found["cut off character"]
     whole = len(CUT_SHORT[:-1].encode())
     assert (cut.generator_tokens, cut.verifier_tokens) == (whole + 3, whole)
+    assert cut.rewarded == pytest.approx(whole / (whole + 3))
 
 
 def test_a_verifier_that_normalises_is_not_exact_where_it_does() -> None:

@@ -157,7 +157,8 @@ def test_a_uniform_verifier_by_hand(uniform: Path, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
     file.write_text(lines([{"prompt": "p", "response_ids": ids}]))
     out = tmp_path / "out.jsonl"
-    run("score", file, "--verifier", f"hf:{uniform}", "--generator-tokenizer", uniform, "-o", out)
+    args = ("--verifier", f"hf:{uniform}", "--generator-tokenizer", uniform, "-o", out)
+    run("score", file, *args, "--set", "whitespace=mask")
     (row,) = parsed(out.read_text())
     n_verifier = len(tokenizer.encode("one \nx", add_special_tokens=False))
     assert row["mask"] == [True, True, True, False, False, True]
@@ -435,12 +436,17 @@ def test_a_failure_leaves_the_old_output(tmp_path: Path) -> None:
 
 def test_settings_come_from_a_file_and_from_the_command_line(model: Path, tmp_path: Path) -> None:
     config = tmp_path / "cme.yaml"
-    config.write_text("whitespace: keep\neos: mask\n")
+    config.write_text("whitespace: mask\neos: mask\n")
     row = {"prompt": "x", "response": "a \n\n b"}
     args = ("score", "-", "--verifier", f"hf:{model}", "--append-eos", "--config", config)
-    (kept,) = parsed(run(*args, stdin=lines([row])).stdout)
+    (paper,) = parsed(run(*args, stdin=lines([row])).stdout)
+    assert paper["mask"] == [t.strip() not in ("", "<|im_end|>") for t in paper["tokens"]]
+    assert set(paper["mask"][:-1]) == {True, False}
+    (kept,) = parsed(run(*args, "--set", "whitespace=keep", stdin=lines([row])).stdout)
     assert kept["mask"] == [True] * (len(kept["mask"]) - 1) + [False]
-    (both,) = parsed(run(*args, "--set", "eos=score", stdin=lines([row])).stdout)
+    (both,) = parsed(
+        run(*args, "--set", "eos=score", "--set", "whitespace=keep", stdin=lines([row])).stdout
+    )
     assert all(both["mask"])
 
 
@@ -613,7 +619,7 @@ def test_a_models_own_tokens_get_its_own_log_probs(model: Path) -> None:
     """Oracle: one plain forward pass."""
     tokenizer = load_tokenizer("byte-level")
     ids = tokenizer.encode("happiness of\n\n another, ok", add_special_tokens=False)
-    args = ("--verifier", f"hf:{model}", "--generator-tokenizer", model, "--set", "whitespace=keep")
+    args = ("--verifier", f"hf:{model}", "--generator-tokenizer", model)
     row = {"prompt": "x", "response_ids": ids}
     (out,) = parsed(run("score", "-", *args, stdin=lines([row])).stdout)
     prompt = tokenizer.encode("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")
@@ -631,7 +637,7 @@ def test_real_rollouts_get_the_log_probs_they_were_sampled_with(shared: Path | N
     given = [{"prompt": row["prompt"], "response_ids": row["meta"]["response_ids"]} for row in rows]
     result = run(
         *("score", "-", "--verifier", f"hf:{shared / 'models' / 'stories260K'}"),
-        *("--generator-tokenizer", shared / "tokenizers" / "tok512", "--set", "whitespace=keep"),
+        *("--generator-tokenizer", shared / "tokenizers" / "tok512"),
         stdin=lines(given),
     )
     scored = parsed(result.stdout)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -27,9 +28,9 @@ class Flat(TableVerifier):
 
 
 def test_verifier_and_policy_that_agree_everywhere_have_reward_0() -> None:
-    """White space has no token reward, and its -2 nats stood on one side of the sum alone: -0.8."""
+    """Masked, white space has no token reward; its -2 nats stood on one side of the sum alone."""
     tokenizer = load_tokenizer("bytes")
-    cme = CrossModelEntropy(Flat(tokenizer), tokenizer, POLICY)
+    cme = CrossModelEntropy(Flat(tokenizer), tokenizer, replace(POLICY, whitespace="mask"))
     ids = SpanTable(tokenizer).encode("a\n\n\n\nb\n\n\n\nc")[0].tolist()
     ids.append(tokenizer.eos_token_id)
     batch = cme(["p"], [ids], policy_logprobs=[[-2.0] * len(ids)])

@@ -78,7 +78,12 @@ def test_advantages_of_a_batch() -> None:
         ("return", 0.8, "std"),
         ("return", 1.0, "batch"),
     ):
-        config = CMEConfig(credit=credit, gamma=gamma, scale=scale)  # type: ignore[arg-type]
+        config = CMEConfig(
+            whitespace="mask",
+            credit=credit,  # type: ignore[arg-type]
+            gamma=gamma,
+            scale=scale,  # type: ignore[arg-type]
+        )
         cme = CrossModelEntropy(TableVerifier(tokenizer), tokenizer, config)
         batch = cme.score_texts(["p"] * 3, texts)
         rewards, mask = batch.token_rewards, batch.mask

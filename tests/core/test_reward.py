@@ -5,7 +5,6 @@ import math
 import pickle
 import re
 import warnings
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -30,8 +29,7 @@ from cme_reward import (
 )
 from cme_reward.spans.utf8 import WHOLE_CHAR
 
-PAPER = CMEConfig(eos="mask")
-KEEP = CMEConfig(whitespace="keep")
+PAPER = CMEConfig(whitespace="mask", eos="mask")
 
 
 def reward(
@@ -61,7 +59,7 @@ def test_equals_the_naive_pipeline_and_conserves(
     text: str, cut: int, extra: list[int], verifier: str
 ) -> None:
     """Cut and re-split ids with stray bytes and special tokens among them, against loops."""
-    cme, stub, table = reward("bytes", verifier, CMEConfig(whitespace="keep", eos="mask"))
+    cme, stub, table = reward("bytes", verifier, CMEConfig(eos="mask"))
     ids = [*sampled(table, text)[cut:], *extra, *sampled(table, text)[:cut]]
     batch = cme(["p"], [ids])
     shown, ends = table.decode(ids)
@@ -95,7 +93,7 @@ def test_white_space_is_masked_and_its_share_counted() -> None:
     assert batch.token_rewards[0].tolist() == [logp[0], 0, 0, 0, logp[4]]
     assert batch.token_logprobs[0].tolist() == logp.tolist()
     assert batch.dropped_nats[0].item() == pytest.approx(-logp[1:4].sum())
-    keep, _, _ = reward("bytes", "bytes", KEEP)
+    keep, _, _ = reward("bytes", "bytes")
     kept = keep(["p"], [ids])
     assert kept.mask.all()
     assert kept.dropped_nats.tolist() == [0]
@@ -191,7 +189,7 @@ def test_a_token_across_the_end_of_the_context_is_masked() -> None:
 
 def test_text_the_verifier_drops_is_masked() -> None:
     # BERT strips the accent U+0301, which the generator wrote as a token of its own.
-    cme, _, table = reward("bytes", "wordpiece", KEEP)
+    cme, _, table = reward("bytes", "wordpiece")
     ids = sampled(table, "e\u0301!")
     batch = cme(["p"], [ids])
     assert batch.mask[0].tolist() == [True, False, False, True]
@@ -199,7 +197,7 @@ def test_text_the_verifier_drops_is_masked() -> None:
 
 
 def test_the_verifier_is_not_shown_an_unfinished_character() -> None:
-    cme, stub, table = reward("bytes", "bytes", KEEP)
+    cme, stub, table = reward("bytes", "bytes")
     ids = sampled(table, "ab🤷")[:-1]
     batch = cme(["p"], [ids])
     assert stub.responses == [ids[:2]]
@@ -321,7 +319,7 @@ def test_the_space_in_front_of_a_first_word_is_no_part_of_a_message(
         if kind != "byte-level":
             tokenizer.chat_template = None
         stub = TableVerifier(tokenizer)
-        cme = CrossModelEntropy(stub, load_tokenizer(generator), KEEP)
+        cme = CrossModelEntropy(stub, load_tokenizer(generator))
         ids = sampled(cme.table, said)
         policy = [-0.5] * len(ids)
         batch = cme(["p"], [ids])
@@ -330,7 +328,7 @@ def test_the_space_in_front_of_a_first_word_is_no_part_of_a_message(
         assert batch.token_logprobs.sum().item() == pytest.approx(logp.sum())
         assert batch.sequence_rewards.item() == pytest.approx(logp.mean())
         # The policy's own is of the same tokens: all but a space that is one by itself.
-        less = replace(KEEP, baseline="policy")
+        less = CMEConfig(baseline="policy")
         own = CrossModelEntropy(stub, load_tokenizer(generator), less)(["p"], [ids], None, [policy])
         counted = len(ids) - (generator == "bytes" and wanted != said)
         assert own.sequence_rewards.item() == pytest.approx(
@@ -348,7 +346,7 @@ def test_a_template_that_writes_a_space_before_the_answer(answer: str, own: slic
     """The verifier reads "▁happiness▁of▁", or "▁", "4" and "2", where "▁" is none of the answer."""
     generator = load_tokenizer("byte-level")
     stub = TableVerifier(with_template("sentencepiece", LLAMA2))
-    cme = CrossModelEntropy(stub, generator, KEEP)
+    cme = CrossModelEntropy(stub, generator)
     ids = cme.table.encode(answer)[0].tolist()
     batch = cme(["p"], [ids])
     assert SpanTable(stub.tokenizer).decode(stub.responses[0])[0] == " " + answer
@@ -360,7 +358,7 @@ def test_a_template_that_writes_a_space_before_the_answer(answer: str, own: slic
 
 
 def test_the_floor_and_the_policy_baseline() -> None:
-    config = CMEConfig(logprob_floor=-0.5, baseline="policy", whitespace="keep")
+    config = CMEConfig(logprob_floor=-0.5, baseline="policy")
     cme, _, table = reward("bytes", "bytes", config)
     ids = sampled(table, "abcd")
     floored = np.maximum(logprob_of(np.array(ids)), -0.5)
@@ -488,7 +486,7 @@ def test_real_rollouts_with_the_model_that_sampled_them(shared: Any) -> None:
     if shared is None:
         verifier: Any = load_verifier("embedded")
         tokenizer = verifier.tokenizer
-        cme = CrossModelEntropy(verifier, tokenizer, KEEP)
+        cme = CrossModelEntropy(verifier, tokenizer)
         ids = SpanTable(tokenizer).encode("She has 3 + 4 = 7 apples.")[0].tolist()
         prompt = cme.members[0].format.render("p")
         with torch.inference_mode():
@@ -497,7 +495,7 @@ def test_real_rollouts_with_the_model_that_sampled_them(shared: Any) -> None:
         rows = [("p", ids, logp.tolist())]
     else:
         verifier: Any = load_verifier(f"hf:{shared / 'models' / 'stories260K'}")
-        cme = CrossModelEntropy(verifier, load_tokenizer("tok512"), KEEP)
+        cme = CrossModelEntropy(verifier, load_tokenizer("tok512"))
         rows = [
             (row["prompt"], row["meta"]["response_ids"], row["meta"]["response_logprobs"])
             for row in shared_rows("dev_tinylm")

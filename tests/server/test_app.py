@@ -267,7 +267,7 @@ def test_options_of_the_native_endpoint(embedded: Any, generator: Any) -> None:
 
 
 def test_the_configuration_is_the_servers(generator: Any) -> None:
-    options = {"config": CMEConfig(level="sequence", whitespace="keep", baseline="policy")}
+    options = {"config": CMEConfig(level="sequence", baseline="policy")}
     body = {"prompts": ["a"], "response_ids": [[5, 6]], "policy_logprobs": [[-1, -2.5]]}
     got = ask(table(), generator, "/v1/score", body, **options).json()
     assert got["level"] == "sequence"

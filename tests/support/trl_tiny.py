@@ -196,8 +196,7 @@ def naive_rewards(
     )
     rewards: list[float | None] = []
     for value, end, start in zip(aligned, ends, [0, *ends], strict=False):
-        shown = text[start // 12 : -(-end // 12)]
-        rewards.append(None if end == start or shown.isspace() else float(value))
+        rewards.append(None if end == start else float(value))
     if ended:
         rewards[-1] = logp[-1]
     return rewards, statistics.fmean(logp) if logp else -float(torch.tensor(len(reader)).log())

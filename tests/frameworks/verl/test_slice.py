@@ -337,15 +337,12 @@ def test_a_tool_call_in_the_chat_template_as_verls_tool_agent_writes_it(
     assert not rewards[np.array(mask) == 0].any()
     verifier = naive.NaiveVerifier()
     said = ""
-    for text, ids, at in (
-        (call.removeprefix(" "), turns[0], slice(0, len(turns[0]))),
-        ("The answer is 15.", turns[1], slice(len(mask) - len(turns[1]), None)),
+    for text, at in (
+        (call.removeprefix(" "), slice(0, len(turns[0]))),
+        ("The answer is 15.", slice(len(mask) - len(turns[1]), None)),
     ):
         _, logp = verifier.logprobs(rollouts.content[0], said, text, end=True)
-        # Sums: where white space is masked, its share is missing from both.
         scored = rewards[at]
-        texts = [tokenizer.decode([i]) for i in ids[:-1]]
         assert scored[-1] == pytest.approx(logp[-1], abs=1e-5)
-        if all(word.strip() for word in texts):
-            assert scored.sum() == pytest.approx(logp.sum(), abs=1e-4)
+        assert scored.sum() == pytest.approx(logp.sum(), abs=1e-4)
         said += f"{text}<|end|><|user|>15<|assistant|>"

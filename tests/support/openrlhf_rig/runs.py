@@ -294,9 +294,8 @@ def naive_scores(
     )
     rewards: list[float | None] = []
     for value, end, start, kind in zip(aligned, ends, [0, *ends], kinds, strict=False):
-        shown = text[start // 12 : -(-end // 12)]
         cut = kind == UNFINISHED  # holds part of a character that was never finished
-        rewards.append(None if end == start or shown.isspace() or cut else float(value))
+        rewards.append(None if end == start or cut else float(value))
     if ended:
         rewards[-1] = logp[-1]
     return prompt_ids + asked, rewards, logp

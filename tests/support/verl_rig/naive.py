@@ -109,7 +109,7 @@ def token_rewards(
                     overlap = min(b, width) - max(a, start)
                     if overlap > 0:
                         rewards[k] += value * overlap / (b - a)
-                mask[k] = bool(texts[k].strip())
+                mask[k] = width > start
                 start = width
             if end:
                 rewards[last], mask[last] = logp[-1], True
