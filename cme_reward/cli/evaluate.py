@@ -202,6 +202,8 @@ def evaluate(
                 answers.read(file, source, preferences, label)
         for reason in answers.bad:
             say(err, reason, "red")
+        answers.require("--preferences", preferences)
+        answers.require("--label", label)
         pairs = pairs_of(answers.kept, against)
         sides = better_sides(answers.labels, pairs, label) if label is not None else {}
         judges = load_judges(

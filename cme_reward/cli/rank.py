@@ -139,6 +139,7 @@ def rank(
     err = stderr()
     with clean_errors(err), ExitStack() as stack:
         from cme_reward.cli import jsonl
+        from cme_reward.cli.fields import among, require_fields, require_label
         from cme_reward.cli.options import configuration, make_scorer
         from cme_reward.cli.rank_output import as_dict, show, views, write_rows
         from cme_reward.cli.rank_rows import Response, preferences, responses
@@ -154,6 +155,7 @@ def rank(
             for text in ("", *(also or []))
         }
         source = stack.enter_context(open_input(file, err))
+        require_fields(source, label, where or [], limit)
         scorers, readings = [], []
         for spec in verifiers or ["embedded"]:
             with busy(err, quiet, f"Loading {spec}"):
@@ -203,10 +205,7 @@ def rank(
                 "length: what differs behind it is not seen", "yellow")  # fmt: skip
         if not ranked:
             raise InputError(f"{file} holds no response that could be scored; nothing to rank")
-        if label is not None and all(one.label is None for one in ranked):
-            there = ", ".join(kept[0].fields)
-            say(err, f"no line has the field {label!r} of --label; line {kept[0].line} has {there} "
-                "(outer.inner for one inside another)", "red")  # fmt: skip
+        require_label(kept, label, among(where or [], limit))
         with busy(err, quiet, "Drawing intervals"):
             found = report(ranked, [f"{reading.name}: {MEAN}" for reading in readings])
         if output is not None:
