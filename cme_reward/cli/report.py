@@ -37,7 +37,8 @@ def report(
 
     Looked for: lengths, repetition and entropy that drift, a spread that vanishes, text the
     verifier did not score, a reward that is little but length. They compare the first tenth of a
-    run with the last. Samples that a trainer kept (the setting `samples`) are shown as heat maps.
+    run with the last. Samples that a trainer kept (the setting `samples`) are shown as heat maps,
+    and as the tokens they were rewarded for most and least.
 
     **Exit status**: 0 no sign of trouble, 1 some, 2 error.
 
