@@ -40,6 +40,10 @@ def load_tokenizer(name: str) -> Any:
             f"{name!r} is a server, and its tokenizer is that of the model it runs; expected that "
             "model's name or directory, such as google/gemma-3-1b-it"
         )
+    if kind == "python" and not Path(name).exists():
+        raise TokenizerError(
+            f"{name!r} is a verifier of your own; expected the name or directory of its tokenizer"
+        )
     where = rest if kind in ("hf", "random") and rest else name
     if name == "embedded" and not Path(name).exists():
         where = str(Path(cme_reward.verifiers.__file__).parent / "embedded")

@@ -84,7 +84,8 @@ def score(
             help="Who judges. `embedded`: a small model that comes with this package, "
             "for trying things out. `hf:NAME_OR_PATH`: a causal language model of "
             "transformers. `random:NAME_OR_PATH`: the same, untrained. `vllm:URL[,URL]`, "
-            "`sglang:URL[,URL]`: one that servers run. Several are joined by +.",
+            "`sglang:URL[,URL]`: one that servers run. `python:MODULE:NAME`: your own. Several are "
+            "joined by +.",
         ),
     ] = "embedded",
     generator_tokenizer: Annotated[
