@@ -19,6 +19,7 @@ from cme_reward.cli.terminal import (
     clean_errors,
     open_input,
     progress,
+    require_place,
     say,
     stderr,
 )
@@ -147,9 +148,8 @@ def rank(
         from cme_reward.ranking.ranked import MEAN
         from cme_reward.ranking.report import report
 
-        for path, name in ((html, "--html"), (output, "--output")):
-            if path is not None and not path.resolve().parent.is_dir():
-                raise InputError(f"{name} {path}: the directory {path.parent} does not exist")
+        require_place("--html", html)
+        require_place("--output", output)
         settled = {
             text: configuration(config, [*(settings or []), *shlex.split(text)])
             for text in ("", *(also or []))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cme_reward.errors import ConfigError, VerifierError
+from cme_reward.loading import of_module
 from cme_reward.verifiers.base import Verifier
 from cme_reward.verifiers.conformance import check_verifier
 from cme_reward.verifiers.ensemble import Ensemble
@@ -117,20 +116,15 @@ def _endpoint(engine: str, urls: str, **options: Any) -> Verifier:
 
 def _python(where: str, **options: Any) -> Verifier:
     spec = f"python:{where}"
-    module, _, name = where.partition(":")
-    if not module or not name:
-        raise VerifierError(f"{spec!r}; expected python:MODULE:NAME, such as python:mine:make")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        make = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module's own code raises
+        make = of_module(where)
+    except ImportError as error:
         raise VerifierError(
-            f"{spec!r} cannot be imported ({type(error).__name__}: {error}); expected "
-            "python:MODULE:NAME, with the module in the working directory or installed"
+            f"{spec!r} cannot be imported: {error}; expected python:MODULE:NAME, with the module "
+            "in the working directory or installed"
         ) from error
     if not callable(make):
-        raise VerifierError(f"{spec!r}: {name} is {make!r}; expected a function or a class")
+        raise VerifierError(f"{spec!r}: it is {make!r}; expected a function or a class")
     try:
         made: Any = make(**options)
     except TypeError as error:

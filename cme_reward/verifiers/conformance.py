@@ -16,7 +16,7 @@ TEXTS = (
     "She has seven apples: 3 + 4 = 7.",
     "Seven, or so I was told; zebras, xylophones and 今天 are another matter.",
 )
-NEXT = 256
+NEXT = 64
 """Most continuations whose probabilities are added up."""
 ROUNDING = 1e-3
 SINGLE = 10
@@ -24,7 +24,7 @@ SINGLE = 10
 
 
 def check_verifier(verifier: Verifier, *, tolerance: float = 0.05) -> None:
-    """Ask a verifier a few dozen questions about a few words, and hold it to its promises.
+    """Ask a verifier some eighty questions of a few words, and hold it to its promises.
 
     Its tokenizer is fast and loses no text; an answer has a finite log-prob of at most 0 for each
     id, whether ids come as lists or arrays; none to nothing. It is the same again, alone or in

@@ -75,10 +75,10 @@ def test_one_of_ones_own_by_its_spec(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert reward.members[0].verifier.name == "mine"
     for wrong, says in (
         ("python:own_verifier", "expected python:MODULE:NAME"),
-        ("python:own_verifier:nil", "cannot be imported .*no attribute 'nil'"),
-        ("python:nowhere:make", "cannot be imported .*No module named 'nowhere'"),
-        ("python:own_broken:make", "cannot be imported .ZeroDivisionError: division by zero"),
-        ("python:own_verifier:value", "value is 3; expected a function"),
+        ("python:own_verifier:nil", "cannot be imported: .*no attribute 'nil'"),
+        ("python:nowhere:make", "cannot be imported: No module named 'nowhere'"),
+        ("python:own_broken:make", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("python:own_verifier:value", "it is 3; expected a function"),
         ("python:own_verifier:nothing", "gave NoneType; expected one verifier"),
         ("python:own_verifier:several", "gave Ensemble; expected one verifier"),
     ):
