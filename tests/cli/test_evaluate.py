@@ -333,6 +333,8 @@ def test_each_misbehaviour_is_counted_as_what_it_is(server: Server, folder: Path
     once = {"fine": 1, "nonsense": 1, "refuse": 1, "too long": 1}
     assert asked == {**once, "busy": 2, "shaky": 3, "hang": 3, "broken": 3, "web page": 3}
     why = {line["reply"] for line in journal(folder) if line["verdict"] == "failed"}
+    told = " ".join(result.stderr.split()).partition("the first failed with: ")[2]
+    assert any(told.startswith(" ".join(reply.split())[:80]) for reply in why)
     assert "no answer within 0.5 s (3 attempts)" in why
     assert "HTTP 503: out of order (3 attempts)" in why
     assert "I cannot help with that." in {line["reply"] for line in journal(folder)}
