@@ -26,7 +26,7 @@ class Token(NamedTuple):
     text: str
     nats: float
     """Mean of the verifier's log-probs."""
-    count: int
+    times: int
     typical: Place
     """That of its places whose log-prob is nearest to the mean."""
 
@@ -60,7 +60,7 @@ def _of_step(step: int, samples: Sequence[Sample]) -> Extremes:
                 place = Place(nats, before, "".join(texts[t + 1 : t + 1 + AROUND]))
                 places.setdefault(texts[t], []).append(place)
     found = [_mean(text, those) for text, those in places.items() if len(those) >= LEAST]
-    found.sort(key=lambda token: (-token.nats, -token.count, token.text))
+    found.sort(key=lambda token: (-token.nats, -token.times, token.text))
     most = min(ROWS, (len(found) + 1) // 2)
     least = min(ROWS, len(found) - most)
     return Extremes(step, len(samples), found[:most], found[::-1][:least])

@@ -29,7 +29,7 @@ def test_by_hand() -> None:
     # good: (0.1 + 0.2 + 0.6) / 3 = 0.3, nearest -0.2; bad: (6 + 4 + 5) / 3 = 5, without the masked;
     # rare came once.
     (good,), (bad,) = found[0].most, found[0].least
-    assert (good.text, good.count, bad.text, bad.count) == (" good", 3, " bad", 3)
+    assert (good.text, good.times, bad.text, bad.times) == (" good", 3, " bad", 3)
     assert good.nats == pytest.approx(-0.3)
     assert bad.nats == pytest.approx(-5.0)
     assert good.typical == (-0.2, " good bad", " rare")
