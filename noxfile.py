@@ -3,6 +3,7 @@
 `sh scripts/test` is the plain way to run the tests; nox repeats them in a fresh environment.
 """
 
+import json
 import os
 import re
 import shutil
@@ -89,6 +90,29 @@ def package(session: nox.Session) -> None:
             assert Path(name).stat().st_size > 10_000, name
         where = "import cme_reward; print(cme_reward.__file__)"
         assert "site-packages" in str(session.run("python", "-c", where, silent=True))
+
+
+@nox.session
+def sbom(session: nox.Session) -> None:
+    """build/sbom.cdx.json: what a user of the tested versions has installed, as CycloneDX."""
+    tools = Path(session.create_tmp()) / "tools"  # not in the environment that is described
+    session.run("python", "-m", "venv", str(tools))
+    session.run(str(tools / "bin" / "python"), "-m", "pip", "install", "-q", "cyclonedx-bom>=7,<8",
+                external=True)  # fmt: skip
+    session.install("-c", "constraints.txt", "torch")
+    session.install("-c", "constraints.txt", ".")
+    file = Path("build/sbom.cdx.json")
+    file.parent.mkdir(exist_ok=True)
+    python = Path(session.bin) / "python"
+    session.run(str(tools / "bin" / "cyclonedx-py"), "environment", "--output-reproducible",
+                "--output-file", str(file), str(python), external=True)  # fmt: skip
+    found = json.loads(file.read_text())
+    for part in found["components"]:  # where it was built is nobody's business
+        links = part.pop("externalReferences", [])
+        part["externalReferences"] = [x for x in links if not x["url"].startswith("file:")]
+    file.write_text(json.dumps(found, indent=2) + "\n")
+    versions = {part["name"]: part["version"] for part in found["components"]}
+    assert {"cme-reward", "torch", "transformers"} <= versions.keys()
 
 
 @nox.session

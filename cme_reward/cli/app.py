@@ -26,10 +26,10 @@ from cme_reward.cli.terminal import (
     open_input,
     open_output,
     progress,
+    require_place,
     say,
     stderr,
 )
-from cme_reward.errors import InputError
 
 if TYPE_CHECKING:
     from cme_reward.heatmap.render import ResponseView
@@ -84,7 +84,8 @@ def score(
             help="Who judges. `embedded`: a small model that comes with this package, "
             "for trying things out. `hf:NAME_OR_PATH`: a causal language model of "
             "transformers. `random:NAME_OR_PATH`: the same, untrained. `vllm:URL[,URL]`, "
-            "`sglang:URL[,URL]`: one that servers run. Several are joined by +.",
+            "`sglang:URL[,URL]`: one that servers run. `python:MODULE:NAME`: your own. Several are "
+            "joined by +.",
         ),
     ] = "embedded",
     generator_tokenizer: Annotated[
@@ -178,8 +179,7 @@ def score(
         from cme_reward.cli.options import configuration, make_scorer
 
         settled = configuration(config, settings or [])
-        if html is not None and not html.resolve().parent.is_dir():
-            raise InputError(f"--html {html}: the directory {html.parent} does not exist")
+        require_place("--html", html)
         source = stack.enter_context(open_input(file, err))
         sink = stack.enter_context(open_output(output, html is not None or show > 0, err))
         with busy(err, quiet, f"Loading {verifier}"):

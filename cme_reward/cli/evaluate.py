@@ -202,6 +202,8 @@ def evaluate(
                 answers.read(file, source, preferences, label)
         for reason in answers.bad:
             say(err, reason, "red")
+        answers.require("--preferences", preferences)
+        answers.require("--label", label)
         pairs = pairs_of(answers.kept, against)
         sides = better_sides(answers.labels, pairs, label) if label is not None else {}
         judges = load_judges(
@@ -259,4 +261,9 @@ def evaluate(
         ):
             if missing[name]:
                 say(err, f"{missing[name]:,} {name}, not counted: {remedy}", "yellow")
+        if missing[FAILED]:
+            replies = (j["reply"] for one in outcomes for j in one.judgments
+                       if j["verdict"] == FAILED)  # fmt: skip
+            said = " ".join(next(replies, "").split())
+            say(err, f"the first failed with: {said[:300]}", "yellow")
     raise typer.Exit(1 if answers.bad or missing[UNREADABLE] or missing[FAILED] else 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cme_reward._row import short
+from cme_reward.cli.fields import no_field
 from cme_reward.cli.jsonl import Bad, Good, read_rows
 from cme_reward.cli.rank_rows import look_up
 from cme_reward.errors import InputError
@@ -30,6 +31,9 @@ class Answers:
     bad: list[str] = field(default_factory=list)
     """Lines that are left out, each with its file, its number and the reason."""
     _seen: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    _first: Good | None = None
+    _there: set[str] = field(default_factory=set)
+    """Those of the fields asked for that some line has."""
 
     def read(
         self,
@@ -45,7 +49,25 @@ class Answers:
             if reason:
                 self.bad.append(f"{file}, line {row.line}: {reason}")
 
+    def require(self, option: str, name: str | None) -> None:
+        """That some line has the field an option names.
+
+        Raises:
+            InputError: where lines are good, and none has.
+        """
+        if name is not None and self._first is not None and name not in self._there:
+            raise no_field(option, name, self._first)
+
+    def _notice(self, row: Good, *names: str | None) -> None:
+        self._first = self._first or row
+        for name in names:
+            if name is not None and look_up(row.fields, name) is not None:
+                self._there.add(name)
+
     def _add(self, file: str, row: Good, preferences: str | None, label: str | None) -> str:
+        self._notice(row, label, preferences)
+        if preferences is not None and row.fields.get(STORED) is not None:
+            self._there.add(preferences)
         model = row.fields.get("model")
         model = _stem(file) if model is None else model
         if not isinstance(model, str) or not model:

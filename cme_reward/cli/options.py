@@ -67,7 +67,7 @@ def make_scorer(
     options = verifier_options(device, settings)
     silence()
     # First: a wrong name is noticed before minutes of loading weights.
-    tokenizer = load_tokenizer(generator_tokenizer) if generator_tokenizer else None
+    tokenizer = None if generator_tokenizer is None else load_tokenizer(generator_tokenizer)
     return CrossModelEntropy(
         load_verifier(verifier, **options),
         tokenizer,

@@ -19,6 +19,7 @@ from cme_reward.cli.terminal import (
     clean_errors,
     open_input,
     progress,
+    require_place,
     say,
     stderr,
 )
@@ -139,6 +140,7 @@ def rank(
     err = stderr()
     with clean_errors(err), ExitStack() as stack:
         from cme_reward.cli import jsonl
+        from cme_reward.cli.fields import among, require_fields, require_label
         from cme_reward.cli.options import configuration, make_scorer
         from cme_reward.cli.rank_output import as_dict, show, views, write_rows
         from cme_reward.cli.rank_rows import Response, preferences, responses
@@ -146,14 +148,14 @@ def rank(
         from cme_reward.ranking.ranked import MEAN
         from cme_reward.ranking.report import report
 
-        for path, name in ((html, "--html"), (output, "--output")):
-            if path is not None and not path.resolve().parent.is_dir():
-                raise InputError(f"{name} {path}: the directory {path.parent} does not exist")
+        require_place("--html", html)
+        require_place("--output", output)
         settled = {
             text: configuration(config, [*(settings or []), *shlex.split(text)])
             for text in ("", *(also or []))
         }
         source = stack.enter_context(open_input(file, err))
+        require_fields(source, label, where or [], limit)
         scorers, readings = [], []
         for spec in verifiers or ["embedded"]:
             with busy(err, quiet, f"Loading {spec}"):
@@ -203,10 +205,7 @@ def rank(
                 "length: what differs behind it is not seen", "yellow")  # fmt: skip
         if not ranked:
             raise InputError(f"{file} holds no response that could be scored; nothing to rank")
-        if label is not None and all(one.label is None for one in ranked):
-            there = ", ".join(kept[0].fields)
-            say(err, f"no line has the field {label!r} of --label; line {kept[0].line} has {there} "
-                "(outer.inner for one inside another)", "red")  # fmt: skip
+        require_label(kept, label, among(where or [], limit))
         with busy(err, quiet, "Drawing intervals"):
             found = report(ranked, [f"{reading.name}: {MEAN}" for reading in readings])
         if output is not None:

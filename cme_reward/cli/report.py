@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cme_reward.cli.terminal import busy, clean_errors, say, stderr
-from cme_reward.errors import InputError
+from cme_reward.cli.terminal import busy, clean_errors, require_place, say, stderr
 
 _output = partial(typer.Option, rich_help_panel="Output")
 
@@ -37,7 +36,8 @@ def report(
 
     Looked for: lengths, repetition and entropy that drift, a spread that vanishes, text the
     verifier did not score, a reward that is little but length. They compare the first tenth of a
-    run with the last. Samples that a trainer kept (the setting `samples`) are shown as heat maps.
+    run with the last. Samples that a trainer kept (the setting `samples`) are shown as heat maps,
+    and as the tokens they were rewarded for most and least.
 
     **Exit status**: 0 no sign of trouble, 1 some, 2 error.
 
@@ -51,8 +51,7 @@ def report(
         from cme_reward.curves.samples import read as read_samples
         from cme_reward.curves.signs import signs
 
-        if not html.resolve().parent.is_dir():
-            raise InputError(f"--html {html}: the directory {html.parent} does not exist")
+        require_place("--html", html)
         with busy(err, quiet, "Reading"):
             paths = [path for path in (run, other) if path is not None]
             runs = [read_run(path) for path in paths]

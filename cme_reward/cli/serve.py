@@ -22,8 +22,8 @@ def serve(
         str,
         flags.models(
             metavar="SPEC",
-            help="Who judges: embedded, hf:NAME_OR_PATH, vllm:URL, sglang:URL, or several joined "
-            "by +. Code that comes with a model is not run.",
+            help="Who judges: embedded, hf:NAME_OR_PATH, vllm:URL, sglang:URL, python:MODULE:NAME, "
+            "or several joined by +. Code that comes with a model is not run.",
         ),
     ],
     generator_tokenizer: Annotated[

@@ -129,6 +129,18 @@ def counting(err: Console, quiet: bool, what: str, total: int) -> Iterator[Calla
         yield lambda note: bar.update(task, advance=1, note=note)
 
 
+def require_place(option: str, path: Path | None) -> None:
+    """That a file can be written there, before there is anything to write.
+
+    Raises:
+        InputError: it is a directory, or in one that does not exist.
+    """
+    if path is not None and path.is_dir():
+        raise InputError(f"{option} {path}: is a directory; expected a file")
+    if path is not None and not path.resolve().parent.is_dir():
+        raise InputError(f"{option} {path}: the directory {path.parent} does not exist")
+
+
 @contextmanager
 def open_input(file: str, err: Console) -> Iterator[Any]:
     """A file of bytes, by its name unpacked where it is compressed; - is standard input."""

@@ -59,7 +59,8 @@ REWARDS = {
     "random": "control: cross-model entropy of the verifier's architecture, untrained",
 }
 
-_SERVED = re.compile(r"(?:^|\+)\s*(?:vllm|sglang):")
+_ELSEWHERE = re.compile(r"(?:^|\+)\s*(?:vllm|sglang|python):")
+"""Where they run is not ours to say."""
 _OWN: dict[str, Callable[..., Comparator]] = {
     "rent": RENT,
     "em-rl-token": EMRLToken,
@@ -111,7 +112,7 @@ def load_reward(
     if named is None:
         what = "the generator: policy=MODEL" if key == "self" else "a verifier: verifier=VERIFIER"
         raise ConfigError(f"the reward {key!r} needs {what}, or the name of one")
-    here = isinstance(named, str) and not _SERVED.search(named)
+    here = isinstance(named, str) and not _ELSEWHERE.search(named)
     place = {"device": device} if here and device is not None else {}
     if key == "rlme":
         _check_options(key, RLME, options)

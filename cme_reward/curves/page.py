@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cme_reward.curves.read import Run, Series
 from cme_reward.curves.samples import Sample, shown
 from cme_reward.curves.signs import ENTROPY, LENGTH, ends, signs
+from cme_reward.curves.tokens import LEAST, extremes
 from cme_reward.heatmap.pages import document, template
 from cme_reward.heatmap.render import render_html
 from cme_reward.metrics import METRICS
@@ -46,12 +47,13 @@ class Chart:
 
 def render(runs: Sequence[Run], samples: Sequence[Sequence[Sample]] = ()) -> str:
     """The page, which needs no network: signs first, metrics of CME and of the policy's health,
-    all others, and heat maps of each run's samples, where there are any."""
+    all others, and of each run's samples, where there are any, the tokens rewarded most and least
+    and heat maps."""
     names = sorted({name for run in runs for name in run.series})
     ours = [name for name in names if _of_interest(name)]
     title = " and ".join(run.name for run in runs)
     views = shown(_told_apart(runs, samples))
-    found = template("cme_reward.curves", short=_short, whole="{:,.0f}".format).render(
+    found = template("cme_reward.curves", short=_short, nats=_nats, whole="{:,.0f}".format).render(
         runs=[
             (run.name, signs(run), max(s.steps[-1] for s in run.series.values())) for run in runs
         ],
@@ -60,6 +62,8 @@ def render(runs: Sequence[Run], samples: Sequence[Sequence[Sample]] = ()) -> str
         width=WIDTH,
         height=HEIGHT,
         samples=bool(views),
+        extremes=[(run.name, extremes(those)) for run, those in zip(runs, samples, strict=False)],
+        least=LEAST,
     )
     if not views:
         return document(title, found)
@@ -129,3 +133,7 @@ def _of_interest(name: str) -> bool:
 
 def _short(value: float) -> str:
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from cme_reward.conversation.messages import Prompt, as_messages
 from cme_reward.errors import ConfigError
 from cme_reward.evaluation.pairs import digest
+from cme_reward.loading import of_module
 
 VERDICTS = ("A", "B", "TIE")
 UNREADABLE, FAILED = "unreadable", "failed"
@@ -115,20 +113,16 @@ class PythonJudge:
         Raises:
             ConfigError: where there is no such function.
         """
-        module, _, name = spec.removeprefix("python:").partition(":")
-        if not module or not name:
-            raise ConfigError(f"--judge {spec!r}; expected python:module:function")
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
+        where = spec.removeprefix("python:")
         try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+            function = of_module(where)
+        except ImportError as error:
             raise ConfigError(
                 f"--judge {spec!r}: {error}; expected python:module:function, with the module in "
                 "the working directory or installed"
             ) from error
         if not callable(function):
-            raise ConfigError(f"--judge {spec!r}: {name} is no function")
+            raise ConfigError(f"--judge {spec!r}: {where.partition(':')[2]} is no function")
         return PythonJudge(spec, function)
 
     def ask(self, prompt: Prompt, first: str, second: str, stop: threading.Event) -> Reply | None:

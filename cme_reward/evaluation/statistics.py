@@ -54,9 +54,11 @@ def length_controlled(preferences: Float64, longer_by: Float64, seed: int = 0) -
         P(y) = sigmoid(a + b tanh(d / sd(d))),    rate = sigmoid(a)
 
     with d the difference of the lengths. As in AlpacaEval 2 (Dubois et al. 2024, "Length-Controlled
-    AlpacaEval"), without its term for the difficulty of a prompt. It is fitted by Newton steps,
-    halved where they overshoot, to the cross entropy plus RIDGE / 2 (a^2 + b^2); the 95 % interval
-    is by bootstrap over prompts, with sd(d) as it is.
+    AlpacaEval", arXiv 2404.04475), without its term `(psi_m - psi_b) gamma_x`: the difficulty
+    gamma_x of each prompt is fitted there to the preferences of a leaderboard's many models, and
+    from the few models of one call it would be little but their own outcomes. It is fitted by
+    Newton steps, halved where they overshoot, to the cross entropy plus RIDGE / 2 (a^2 + b^2); the
+    95 % interval is by bootstrap over prompts, with sd(d) as it is.
 
     Args:
         preferences: for the model against the baseline, `[N]`.

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cme_reward.errors import ConfigError, VerifierError
+from cme_reward.loading import of_module
 from cme_reward.verifiers.base import Verifier
+from cme_reward.verifiers.conformance import check_verifier
 from cme_reward.verifiers.ensemble import Ensemble
 
-__all__ = ["SPECS", "Ensemble", "Verifier", "load_verifier", "split_spec"]
+__all__ = ["SPECS", "Ensemble", "Verifier", "check_verifier", "load_verifier", "split_spec"]
 
 SPECS = {
     "embedded": "the small model shipped with this package; for trying things out, works offline",
@@ -21,6 +23,7 @@ SPECS = {
     "random:NAME_OR_PATH": "the same architecture, untrained: the paper's control",
     "vllm:URL[,URL...]": "a model that vLLM servers run",
     "sglang:URL[,URL...]": "a model that SGLang servers run",
+    "python:MODULE:NAME": "your own: what a function of the options, or a class, gives",
     "SPEC+SPEC": "an ensemble: the mean of the aligned log-probs",
 }
 
@@ -30,8 +33,10 @@ def load_verifier(spec: str, **options: Any) -> Verifier | Ensemble:
 
     Args:
         spec: `"embedded"`, `"hf:NAME_OR_PATH"`, `"random:NAME_OR_PATH"`, `"vllm:URL"`,
-            `"sglang:URL"` (several replicas: URLs joined by commas), or several of these joined
-            by `+`. Where the path of a folder holds a `+`, and the folder exists, it is one name.
+            `"sglang:URL"` (several replicas: URLs joined by commas), `"python:MODULE:NAME"` (a
+            function or class, in the working directory or installed, called with the options), or
+            several of these joined by `+`. Where the path of a folder holds a `+`, and the folder
+            exists, it is one name.
         options: for `hf:` the keywords of `TransformersVerifier.from_pretrained` (`dtype`,
             `device`, `offload`, `compile`, `quantization_config`, ...), for `random:` those of
             `from_config`, for `vllm:` and `sglang:` those of `EndpointVerifier` (`tokenizer`,
@@ -109,9 +114,35 @@ def _endpoint(engine: str, urls: str, **options: Any) -> Verifier:
     return EndpointVerifier(engine, [url.strip() for url in urls.split(",")], **options)
 
 
+def _python(where: str, **options: Any) -> Verifier:
+    spec = f"python:{where}"
+    try:
+        make = of_module(where)
+    except ImportError as error:
+        raise VerifierError(
+            f"{spec!r} cannot be imported: {error}; expected python:MODULE:NAME, with the module "
+            "in the working directory or installed"
+        ) from error
+    if not callable(make):
+        raise VerifierError(f"{spec!r}: it is {make!r}; expected a function or a class")
+    try:
+        made: Any = make(**options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ConfigError(f"{spec!r} takes no such option: {error}") from error
+    if isinstance(made, Ensemble) or not isinstance(made, Verifier):
+        raise VerifierError(
+            f"{spec!r} gave {type(made).__name__}; expected one verifier, with name, tokenizer, "
+            "max_length, vocab_size and logprobs"
+        )
+    return made
+
+
 _LOADERS: dict[str, Callable[..., Verifier]] = {
     "hf": _hf,
     "random": _random,
     "vllm": partial(_endpoint, "vllm"),
     "sglang": partial(_endpoint, "sglang"),
+    "python": _python,
 }

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cme_reward.errors import TokenizerError, VerifierError
+from cme_reward.loading import said
 from cme_reward.verifiers.dialect import Dialect, TextDialect
 from cme_reward.verifiers.replicas import Busy, Exchange, Replica
 
@@ -117,7 +118,7 @@ class Handshake:
             except (OSError, ValueError) as error:
                 raise VerifierError(
                     f"{url} runs {path!r}, but its tokenizer does not load here: give it, "
-                    f"load_verifier(..., tokenizer=NAME_OR_PATH). transformers says: {error}"
+                    f"load_verifier(..., tokenizer=NAME_OR_PATH). transformers says: {said(error)}"
                 ) from error
         self._probe = probe_ids(self.tokenizer)
         self._texts = SpanTable(self.tokenizer).tokens(self._probe[1:])

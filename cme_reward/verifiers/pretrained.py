@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_accelerate_available
 
-from cme_reward.errors import ConfigError, VerifierError
+from cme_reward.errors import CMEError, ConfigError, VerifierError
+from cme_reward.loading import said
 from cme_reward.spans.fidelity import load_faithful
 from cme_reward.verifiers.whole import whole_weights
 
@@ -32,6 +33,7 @@ def load_trained(
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a directory or a hub repository, the model on its device."""
     dtype = checked_dtype(dtype)
+    _check_device(device)
     _check_placement(device, kwargs)
     kwargs |= checked_attention(attn_implementation)
     with whole_weights(), _loading(name_or_path, kwargs):
@@ -62,6 +64,7 @@ def load_untrained(
             f"{sorted(kwargs)}: no options of an untrained verifier; expected seed, dtype, device, "
             "trust_remote_code, attn_implementation or those of TransformersVerifier"
         )
+    _check_device(device)
     attention = checked_attention(attn_implementation)
     remote = {"trust_remote_code": trust_remote_code}
     with whole_weights(), _loading(name_or_path, attention):
@@ -118,6 +121,19 @@ def checked_attention(asked: str | None) -> dict[str, str]:
     return {"attn_implementation": asked}
 
 
+def _check_device(device: Any) -> None:
+    """Before minutes of loading what cannot be put there."""
+    try:
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        gpus = torch.cuda.device_count()
+        raise ConfigError(
+            f"{device=}: expected cpu, or a GPU such as cuda or cuda:0, of which torch sees {gpus} "
+            f"here; or none for the GPU if there is one. torch says: {said(error)}"
+        ) from error
+
+
 def _check_placement(device: Any, kwargs: dict[str, Any]) -> None:
     device_map, quantization = kwargs.get("device_map"), kwargs.get("quantization_config")
     if device_map is not None and device is not None:
@@ -155,30 +171,39 @@ def _default_device() -> str:
 @contextmanager
 def _loading(name_or_path: str, options: dict[str, Any]) -> Iterator[None]:
     """What goes wrong, by whose fault it is: the options', the machine's or the checkpoint's."""
-    given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    shown = {key: "..." if "token" in key else value for key, value in options.items()}
+    given = ", ".join(f"{key}={value!r}" for key, value in shown.items())
     try:
         yield
     except ImportError as error:  # accelerate, bitsandbytes, flash_attn, kernels, ...
         raise ConfigError(
             f"verifier {name_or_path!r} with {given or 'no options'} needs a package that is not "
-            f"installed: install it, or leave that option out. transformers says: {error}"
+            f"installed: install it, or leave that option out. transformers says: {said(error)}"
         ) from error
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise ConfigError(
+    except (CMEError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds, for an unknown name, no network, a broken file
+        raise _not_loaded(name_or_path, options, given, error) from error
+
+
+def _not_loaded(
+    name_or_path: str, options: dict[str, Any], given: str, error: Exception
+) -> ConfigError | VerifierError:
+    if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+        return ConfigError(
             f"verifier {name_or_path!r} with {given}: expected options of TransformersVerifier or "
-            f"of transformers' from_pretrained; check the spelling. transformers says: {error}"
-        ) from error
-    except (OSError, ValueError) as error:
-        asked = options.get("attn_implementation")
-        if asked and "does not support" in str(error) and "ttention" in str(error):
-            raise ConfigError(
-                f"attn_implementation={asked!r} does not go with {name_or_path!r}: expected "
-                f"'eager', or none for the best that does. transformers says: {error}"
-            ) from error
-        raise VerifierError(
-            f"cannot load verifier {name_or_path!r}: expected a directory with config.json, "
-            "weights and tokenizer.json, or the name of a causal model on the hub (check the "
-            f"spelling, the network and HF_TOKEN). transformers says: {error}"
-        ) from error
+            f"of transformers' from_pretrained; check the spelling. transformers says: "
+            f"{said(error)}"
+        )
+    asked = options.get("attn_implementation")
+    if asked and "does not support" in str(error) and "ttention" in str(error):
+        return ConfigError(
+            f"attn_implementation={asked!r} does not go with {name_or_path!r}: expected "
+            f"'eager', or none for the best that does. transformers says: {said(error)}"
+        )
+    return VerifierError(
+        f"cannot load verifier {name_or_path!r}{f' with {given}' * bool(given)}: expected a "
+        "directory with config.json, weights and tokenizer.json, or the name of a causal model on "
+        "the hub (check the spelling, the network and HF_TOKEN). transformers says: "
+        f"{type(error).__name__}: {said(error)}"
+    )

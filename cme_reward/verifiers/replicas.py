@@ -133,7 +133,8 @@ class Replicas:
                 break
             if left <= 0:
                 raise VerifierError(
-                    f"no verifier answers after {seconds:g} s\n{troubles(self.replicas)}"
+                    f"no verifier answers after {seconds:g} s; expected the URL of a server that "
+                    f"runs: check it, and the network\n{troubles(self.replicas)}"
                 )
             if not patience_shown and answered:
                 patience_shown = True

@@ -333,6 +333,8 @@ def test_each_misbehaviour_is_counted_as_what_it_is(server: Server, folder: Path
     once = {"fine": 1, "nonsense": 1, "refuse": 1, "too long": 1}
     assert asked == {**once, "busy": 2, "shaky": 3, "hang": 3, "broken": 3, "web page": 3}
     why = {line["reply"] for line in journal(folder) if line["verdict"] == "failed"}
+    told = " ".join(result.stderr.split()).partition("the first failed with: ")[2]
+    assert any(told.startswith(" ".join(reply.split())[:80]) for reply in why)
     assert "no answer within 0.5 s (3 attempts)" in why
     assert "HTTP 503: out of order (3 attempts)" in why
     assert "I cannot help with that." in {line["reply"] for line in journal(folder)}
@@ -424,7 +426,11 @@ def test_stored_preferences_need_no_judge(folder: Path) -> None:
     (row,) = found(folder)["results"]
     assert (row["baseline"], row["wins"], row["ties"], row["losses"]) == ("old", 1, 2, 1)
     result = evaluate(file, "--preferences", "meta.prefs.gpd", status=2)
-    assert "no line has a preference 'meta.prefs.gpd'" in result.stderr
+    assert "--preferences meta.prefs.gpd: no line has a value" in result.stderr
+    for row in rows:
+        row["meta"] = {"prefs": {"gpt": {"vs": "another", "p_win": 1}}}
+    result = evaluate(write(file, rows), "--preferences", "meta.prefs.gpt", status=2)
+    assert "no line has a preference 'meta.prefs.gpt' between old and" in result.stderr
 
 
 @pytest.mark.skipif(SHARED is None, reason="needs the texts of CME_SHARED")
@@ -458,11 +464,14 @@ def test_wrong_input_is_named(folder: Path) -> None:
     assert "line 4: response is null; expected text" in errors
     assert "line 5: model is 3" in errors
     risk = "--abstain-risk", 0.1, "--label", "good"
+    rows[0]["one"] = True  # a label of one response tells no better one
+    write(file, rows)
     for args, said in (
         ((), "expected either --judge SPEC"),
         ((*judge, "--abstain-above", 0.5), "needs --both-orders"),
         ((*judge, "--abstain-risk", 0.1), "--abstain-risk SHARE and --label FIELD need each"),
-        ((*judge, "--both-orders", *risk), "of no pair it tells the better response"),
+        ((*judge, "--both-orders", *risk), "--label good: no line has a value in the field"),
+        ((*judge, "--both-orders", *risk[:3], "one"), "of no pair it tells the better response"),
         ((*judge, "--abstain-risk", 1, "--label", "good"), "expected a share, such as 0.1"),
         ((*judge, *judge), "two judges are the same"),
         ((*judge, "--against", "nil"), "--against 'nil' is no model"),

@@ -164,7 +164,7 @@ def test_where_limit_and_compressed_files(tmp_path: Path) -> None:
     assert report["responses"] == 2
     assert json.loads(run(path, "--json", "--limit", "1").stdout)["responses"] == 2
     assert "--where 'meta'" in run(path, "--where", "meta", status=2).stderr
-    assert "holds no response" in run(path, "--where", "id=9", status=2).stderr
+    assert "no line is what --where id=9 asks" in run(path, "--where", "id=9", status=2).stderr
     result = run(path, "--also", "eoss=mask", status=2)
     assert "eoss" in result.stderr
     assert "eos" in result.stderr
@@ -228,9 +228,49 @@ def test_the_verdict_is_on_the_setting_asked_for_first() -> None:
     assert by_name(report)[names[0]] == plain[names[0]]
 
 
+ONE = ("--where", "id=5")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--label", "meta.rigth"), "--label meta.rigth: no line has a value in the field"),
+        (("--label", "meta.rigth"), "line 1 has id, prompt, response, meta, meta.right. Name one"),
+        ((*ONE, "--label", "meta.right"), "no line that --where leaves has a value in the field"),
+        (("--where", "meta.rigth=true"), "--where meta.rigth: no line has a value in the field"),
+        (("--where", "id=1", "--where", "id=77"), "no line is what --where id=1 --where id=77"),
+    ],
+)
+def test_a_field_that_no_line_has_is_an_error_before_anything_is_loaded(
+    options: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cme_reward.cli.options.make_scorer", pytest.fail)
+    result = run("-", *options, "-o", tmp_path / "out", stdin=lines(ROWS), status=2)
+    assert says in " ".join(result.stderr.split())
+    assert not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_of_a_pipe_which_cannot_be_looked_through(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("cme-reward")
+    command = [str(program), "rank", "-", "--label", "right"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")],
+        input=lines(ROWS), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--label right: no line has a value in the field 'right'" in done.stderr
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_that_are_bad_are_told_of_before_a_field_they_lack() -> None:
+    result = run("-", "--label", "right", stdin='{"prompt": 3}\n', status=2)
+    assert "line 1: prompt is 3" in result.stderr
+    assert "holds no response that could be scored" in " ".join(result.stderr.split())
+
+
 def test_wrong_input_is_named(tmp_path: Path) -> None:
-    result = run("-", "--label", "meta.rigth", stdin=lines(ROWS))
-    assert "no line has the field 'meta.rigth' of --label; line 1 has id, prompt" in result.stderr
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(lines(ROWS).encode())[:-12])
     assert "error: Compressed file ended" in run(cut, status=2).stderr

@@ -191,7 +191,7 @@ def test_a_verifier_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert usual > odd
     (own,) = (n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef))
     assert own.end_lineno - own.lineno < 25  # type: ignore[operator]
-    document = (ROOT / "docs" / "scaling.md").read_text()
+    document = (ROOT / "docs" / "your-own.md").read_text()
     assert "examples/custom_verifier.py" in document
 
 

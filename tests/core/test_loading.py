@@ -63,3 +63,5 @@ def test_a_plus_in_a_folders_name_is_part_of_it(tmp_path: Path) -> None:
         assert load_tokenizer(name).name_or_path == str(folder)
     with pytest.raises(TokenizerError, match="names several verifiers; expected one"):
         load_tokenizer(f"hf:{folder}+embedded")
+    with pytest.raises(TokenizerError, match="is a verifier of your own; expected the name"):
+        load_tokenizer("python:mine:make")

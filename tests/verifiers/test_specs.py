@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 import cme_reward.verifiers
-from cme_reward import VerifierError
-from cme_reward.comparators import random_verifier
+from cme_reward import ConfigError, VerifierError
+from cme_reward.comparators import load_reward, random_verifier
 from cme_reward.verifiers import Ensemble, load_verifier, split_spec
 
 
@@ -44,3 +45,44 @@ def test_a_plus_in_the_name_of_a_folder_that_exists(
         VerifierError, match=r"unknown verifier 'c'(.|\n)*'hf:x/a\+c' names several"
     ):
         load_verifier("hf:x/a+c")
+
+
+OWN = """
+from cme_reward import load_verifier
+
+def make(name="mine"):
+    verifier = load_verifier("embedded")
+    verifier.name = name
+    return verifier
+
+several = lambda: load_verifier("embedded+embedded")
+nothing = lambda: None
+value = 3
+"""
+
+
+def test_one_of_ones_own_by_its_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_verifier.py").write_text(OWN)
+    (tmp_path / "own_broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    spec = "python:own_verifier:make"
+    assert load_verifier(spec).name == "mine"
+    assert load_verifier(spec, name="other").name == "other"
+    both = load_verifier(f"embedded+{spec}")
+    assert isinstance(both, Ensemble)
+    reward = load_reward("cme", "embedded", verifier=spec, device="cpu")  # its own business
+    assert reward.members[0].verifier.name == "mine"
+    for wrong, says in (
+        ("python:own_verifier", "expected python:MODULE:NAME"),
+        ("python:own_verifier:nil", "cannot be imported: .*no attribute 'nil'"),
+        ("python:nowhere:make", "cannot be imported: No module named 'nowhere'"),
+        ("python:own_broken:make", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("python:own_verifier:value", "it is 3; expected a function"),
+        ("python:own_verifier:nothing", "gave NoneType; expected one verifier"),
+        ("python:own_verifier:several", "gave Ensemble; expected one verifier"),
+    ):
+        with pytest.raises(VerifierError, match=says):
+            load_verifier(wrong)
+    with pytest.raises(ConfigError, match=r"takes no such option: .*dtype"):
+        load_verifier(spec, dtype="float32")
