@@ -17,6 +17,7 @@ segments hold one entry for each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.turns import Segment
 from cme_reward.errors import InputError
-from cme_reward.metrics import METRICS, length_correlation, mean, repetition, spread
+from cme_reward.metrics import METRICS, length_correlation, means, repetitions, spreads
 from cme_reward.scoring import SegmentScores
 from cme_reward.spans.kinds import BLANK, NO_TEXT, TEXT
 
@@ -39,10 +40,15 @@ class Layout:
     """Where the tokens and segments of B responses lie in flat arrays.
 
     Segments hold the sampled tokens in order: what they say of their own tokens is an array over
-    the sampled tokens, which `spread` puts among the others.
+    the sampled tokens, which `spread` puts among the others. The responses are those of several
+    calls, of which metrics are told apart: `sizes` are their numbers of responses.
     """
 
-    def __init__(self, ids: Sequence[Int64], segments: Sequence[Segment]) -> None:
+    def __init__(
+        self, ids: Sequence[Int64], segments: Sequence[Segment], sizes: Sequence[int]
+    ) -> None:
+        self.sizes_C = np.array(sizes, dtype=np.int64)
+        self.call_B = np.repeat(np.arange(len(sizes)), self.sizes_C)
         self.ids = ids
         self.segments = segments
         self.offsets = row_offsets([len(row) for row in ids])
@@ -69,6 +75,20 @@ class Layout:
         sums = np.bincount(rows, np.asarray(values, dtype=np.float64), len(self.ids))
         return sums.astype(np.float64, copy=False)
 
+    def by_call(self, values_B: ArrayLike) -> Float64:
+        """Sums of each call, `[C]`."""
+        return np.bincount(self.call_B, values_B, len(self.sizes_C)).astype(np.float64, copy=False)
+
+    def means(self, values_B: NDArray) -> Float64:
+        """Means of each call, `[C]`; 0 without responses."""
+        return means(values_B, self.call_B, len(self.sizes_C))
+
+    def flagged(self, rows: ArrayLike) -> Float64:
+        """How many different responses of each call are among these, `[C]`."""
+        flags_B = np.zeros(len(self.ids))
+        flags_B[np.asarray(rows, dtype=np.int64)] = 1
+        return self.by_call(flags_B)
+
     @property
     def sampled_ids(self) -> list[Int64]:
         """The sampled tokens of each response."""
@@ -82,43 +102,59 @@ def assemble(
     scores: Sequence[SegmentScores],
     policy: Float64 | None,
     config: CMEConfig,
-) -> CMEBatch:
+    sizes: Sequence[int],
+) -> list[CMEBatch]:
     """The rewards of all responses from each verifier's scores of their segments.
 
-    `policy` holds the policy's log-probs `[N]`, or is None. The metrics of time are left to the
-    caller.
+    `policy` holds the policy's log-probs `[N]`, or is None. `sizes` are the numbers of responses
+    of the calls that these are of; each has a batch. The metrics of time are left to the caller.
 
     Raises:
         InputError: for a policy log-prob that is not finite where its share counts.
     """
-    layout = Layout(ids, segments)
+    layout = Layout(ids, segments, sizes)
     logprobs_N = layout.spread(np.mean([score.aligned_N for score in scores], axis=0))
     own = [policy_part(policy, score, layout) for score in scores]
     scored_N = scored_tokens(scores, layout, config)
     rewards_N = token_rewards(logprobs_N, own, scored_N)
     sequence_B = sequence_rewards(scores, own, layout)
     dropped_B = dropped_nats(logprobs_N, scored_N, scores, layout)
+    rewarded, of_call = rewards_N[scored_N], layout.call_B[layout.row_N[scored_N]]
     metrics = {
-        "token_reward_mean": mean(rewards_N[scored_N]),
-        "token_reward_std": spread(rewards_N[scored_N]),
-        "sequence_reward_mean": mean(sequence_B),
-        "dropped_nats": mean(dropped_B),
+        "token_reward_mean": means(rewarded, of_call, len(sizes)),
+        "token_reward_std": spreads(rewarded, of_call, len(sizes)),
+        "sequence_reward_mean": layout.means(sequence_B),
+        "dropped_nats": layout.means(dropped_B),
         **_of_reading(scores, layout),
         **_of_responses(sequence_B, layout),
     }
     if config.level == "sequence":
         rewards_N, scored_N = on_last_token(sequence_B, layout), layout.sampled_N
-    return CMEBatch(
-        token_rewards=pad(rewards_N.astype(np.float32), layout.offsets),
-        mask=pad(scored_N, layout.offsets),
-        sampled=pad(layout.sampled_N, layout.offsets),
-        sequence_rewards=torch.from_numpy(sequence_B).float(),
-        token_logprobs=pad(logprobs_N.astype(np.float32), layout.offsets),
-        dropped_nats=torch.from_numpy(dropped_B).float(),
-        verifier_tokens=_verifier_tokens(scores[0], layout),
-        metrics={name: metrics[name] for name in METRICS if name in metrics},
-        config=config,
-    )
+    flat = {
+        "token_rewards": rewards_N.astype(np.float32),
+        "mask": scored_N,
+        "sampled": layout.sampled_N,
+        "token_logprobs": logprobs_N.astype(np.float32),
+    }
+    tokens = _verifier_tokens(scores[0], layout)
+    values = {name: metrics[name].tolist() for name in METRICS if name in metrics}
+    batches = []
+    for c, (i, j) in enumerate(pairwise(row_offsets(sizes).tolist())):
+        start, offsets = layout.offsets[i], layout.offsets[i : j + 1]
+        padded = {
+            name: pad(array[start : offsets[-1]], offsets - start) for name, array in flat.items()
+        }
+        batches.append(
+            CMEBatch(
+                **padded,
+                sequence_rewards=torch.from_numpy(sequence_B[i:j]).float(),
+                dropped_nats=torch.from_numpy(dropped_B[i:j]).float(),
+                verifier_tokens=tokens[i:j],
+                metrics={name: of_calls[c] for name, of_calls in values.items()},
+                config=config,
+            )
+        )
+    return batches
 
 
 def token_rewards(logprobs_N: Float64, own: Sequence[Float64], scored_N: Bool) -> Float64:
@@ -184,30 +220,39 @@ def policy_part(policy: Float64 | None, score: SegmentScores, layout: Layout) ->
     return own_N
 
 
-def _of_reading(scores: Sequence[SegmentScores], layout: Layout) -> dict[str, float]:
-    """Metrics of how much of the responses the verifiers read."""
-    segments, n_rows = layout.segments, max(len(layout.ids), 1)
+def _of_reading(scores: Sequence[SegmentScores], layout: Layout) -> dict[str, Float64]:
+    """Metrics of how much of the responses of each call the verifiers read."""
+    segments = layout.segments
     truncated_n = np.logical_or.reduce([score.truncated_n for score in scores])
-    n_verifier_tokens = sum(score.counts_n.sum() for score in scores) / len(scores)
+    counts_n = np.sum([score.counts_n for score in scores], axis=0) / len(scores)
+    sampled_C = layout.by_call(layout.sums(layout.sampled_N, layout.row_N))
+    inked = layout.kinds == TEXT  # white space a normaliser may take (BERT's, T5's)
+    of_call = layout.call_B[layout.row_N[layout.sampled_N][inked]]
+    inner_B = layout.sums([_inner_specials(s) for s in segments], layout.row_n)
+    thinking_B = layout.sums([s.n_thinking for s in segments], layout.row_n)
+    unclosed = layout.flagged([s.row for s in segments if s.unclosed])
     return {
-        # Not of white space, which a normaliser may take (BERT's, T5's).
-        "coverage": mean(_covered(scores)[layout.kinds == TEXT], empty=1.0),
-        "verifier_tokens_per_token": float(n_verifier_tokens / max(layout.sampled_N.sum(), 1)),
-        "truncated": float(len(set(layout.row_n[truncated_n].tolist()))),
-        "special_masked": sum(map(_inner_specials, segments)) / n_rows,
-        "thinking_tokens": sum(s.n_thinking for s in segments) / n_rows,
-        "thinking_unclosed": len({s.row for s in segments if s.unclosed}) / n_rows,
+        "coverage": means(_covered(scores)[inked], of_call, len(layout.sizes_C), empty=1.0),
+        "verifier_tokens_per_token": layout.by_call(layout.sums(counts_n, layout.row_n))
+        / np.maximum(sampled_C, 1),
+        "truncated": layout.flagged(layout.row_n[truncated_n]),
+        "special_masked": layout.means(inner_B),
+        "thinking_tokens": layout.means(thinking_B),
+        "thinking_unclosed": unclosed / np.maximum(layout.sizes_C, 1),
     }
 
 
-def _of_responses(sequence_B: Float64, layout: Layout) -> dict[str, float]:
-    """Metrics of the responses themselves."""
+def _of_responses(sequence_B: Float64, layout: Layout) -> dict[str, Float64]:
+    """Metrics of the responses of each call themselves."""
     lengths_B = layout.sums(layout.sampled_N, layout.row_N)
     blank_B = layout.sums(layout.spread(layout.kinds == BLANK), layout.row_N)
+    calls = pairwise(row_offsets(layout.sizes_C).tolist())
     return {
-        "repetition": repetition(layout.sampled_ids),
-        "whitespace": mean(blank_B / np.maximum(lengths_B, 1)),
-        "length_correlation": length_correlation(sequence_B, lengths_B),
+        "repetition": layout.means(repetitions(layout.sampled_ids)),
+        "whitespace": layout.means(blank_B / np.maximum(lengths_B, 1)),
+        "length_correlation": np.array(
+            [length_correlation(sequence_B[i:j], lengths_B[i:j]) for i, j in calls]
+        ),
     }
 
 

@@ -67,11 +67,29 @@ def spread(values: NDArray) -> float:
     return float(values.std(ddof=1)) if values.size > 1 else 0.0
 
 
+def means(values: NDArray, parts: Int64, n: int, empty: float = 0.0) -> Float64:
+    """`mean` of each of n parts, `[n]`; `parts` tells which one a value belongs to."""
+    counts = np.bincount(parts, minlength=n)
+    return np.where(counts, np.bincount(parts, values, n) / np.maximum(counts, 1), empty)
+
+
+def spreads(values: NDArray, parts: Int64, n: int) -> Float64:
+    """`spread` of each of n parts, `[n]`."""
+    squares = (values - means(values, parts, n)[parts]) ** 2
+    degrees = np.bincount(parts, minlength=n) - 1
+    return np.sqrt(np.bincount(parts, squares, n) / np.maximum(degrees, 1))
+
+
 def repetition(ids: Sequence[Int64], n: int = 4) -> float:
     """Share of n-grams that already occurred earlier in the same response, mean over responses.
 
     0 for responses without a repeated n-gram, and for those shorter than n.
     """
+    return mean(repetitions(ids, n))
+
+
+def repetitions(ids: Sequence[Int64], n: int = 4) -> Float64:
+    """`repetition` of each response, `[B]`."""
     flat, offsets = flatten(ids, np.int64)
     lengths = np.diff(offsets)
     rows = np.repeat(np.arange(len(ids), dtype=np.uint64), lengths)
@@ -88,11 +106,8 @@ def repetition(ids: Sequence[Int64], n: int = 4) -> float:
     within_a_row = rows[:n_windows] == rows[n - 1 :]
     keys = np.sort(hashes[within_a_row])
     repeats = keys[1:][keys[1:] == keys[:-1]] >> (np.uint64(64) - row_bits)
-    if not repeats.size:
-        return 0.0
     counts = np.maximum(lengths - n + 1, 1)
-    shares = np.bincount(repeats.astype(np.int64), minlength=len(ids)) / counts
-    return float(shares.mean())
+    return np.bincount(repeats.astype(np.int64), minlength=len(ids)) / counts
 
 
 def length_correlation(sequence_rewards: Float64, lengths: Float64) -> float:

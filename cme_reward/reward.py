@@ -6,39 +6,31 @@ import asyncio
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64, flat_like, require_pairs, split
+from cme_reward._together import AT_ONCE as AT_ONCE
+from cme_reward._together import timed, together
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
+from cme_reward.calls import Answered, Arguments, Call, merged, parted, united
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.messages import Prompt
-from cme_reward.conversation.turns import Segment, check_environment
+from cme_reward.conversation.turns import check_environment
 from cme_reward.errors import InputError
 from cme_reward.generator import Generator
 from cme_reward.loading import load_tokenizer
-from cme_reward.scoring import MemberScorer, SegmentScores
+from cme_reward.scoring import MemberScorer, Question, SegmentScores
 from cme_reward.spans.table import SpanTable
 from cme_reward.verifiers import Ensemble, Verifier, load_verifier
 from cme_reward.verifiers.base import Closes, close
 
 Float64 = NDArray[np.float64]
-T = TypeVar("T")
-AT_ONCE = 1024
-"""Tokens for which the event loop can wait: about a millisecond."""
-
-
-class _Call(NamedTuple):
-    """Checked arguments of one call, cut into assistant turns."""
-
-    ids: list[Int64]
-    segments: list[Segment]
-    policy: Float64 | None
 
 
 class CrossModelEntropy(Closes):
@@ -169,17 +161,16 @@ class CrossModelEntropy(Closes):
             InputError: if lengths disagree or an id that is read is outside the vocabulary.
             VerifierError: if the verifier returns anything but finite log-probs.
         """
-        call, seconds = _timed(
-            self._prepared, prompts, response_ids, response_masks, policy_logprobs
-        )
-        scores, waited = [], 0.0
-        for member in self.members:
-            question, took = _timed(member.ask, call.segments)
-            answers, spent = _timed(member.verifier.logprobs, *question.arguments)
-            read, more = _timed(member.read, question, answers)
-            scores.append(read)
-            waited, seconds = waited + spent, seconds + took + more
-        return self._finished(call, scores, waited, seconds)
+        given = Arguments(prompts, response_ids, response_masks, policy_logprobs)
+        ((call, questions),), seconds = timed(self._asked, [given])
+        started = time.perf_counter()
+        answers = [
+            member.verifier.logprobs(*question.arguments)
+            for member, question in zip(self.members, questions, strict=True)
+        ]
+        waited = time.perf_counter() - started
+        (batch,), more = timed(self._read, [Answered(call, questions, answers)])
+        return self._noted(batch, waited, seconds + more)
 
     async def score_async(
         self,
@@ -191,28 +182,24 @@ class CrossModelEntropy(Closes):
         """The same for coroutines: rollouts are scored while others are still being generated.
 
         The event loop waits a millisecond or two at most: longer responses are read and aligned in
-        threads. Any number of calls may be in progress. Those that wait for a verifier of this
-        process go into its next forward passes together; to bound these, make the verifier a
-        `BatchingVerifier`. A cancelled call is not scored if the verifier has not begun with it.
+        threads, shorter ones together. Any number of calls may be in progress. Those that wait for
+        a verifier of this process go into its next forward passes together; to bound these, make
+        it a `BatchingVerifier`. A cancelled call is not scored if the verifier has not begun with
+        it.
         """
         n_tokens = _n_tokens(response_ids)
-
-        async def one(member: MemberScorer) -> tuple[SegmentScores, float, float]:
-            question, took = await _without_blocking(n_tokens, member.ask, call.segments)
-            started = time.perf_counter()
-            answers = await member.shared.logprobs_async(*question.arguments)
-            waited = time.perf_counter() - started
-            read, more = await _without_blocking(n_tokens, member.read, question, answers)
-            return read, waited, took + more
-
-        call, seconds = await _without_blocking(
-            n_tokens, self._prepared, prompts, response_ids, response_masks, policy_logprobs
-        )
-        scores, waits, own = zip(*await asyncio.gather(*map(one, self.members)), strict=True)
-        batch, _ = await _without_blocking(
-            n_tokens, self._finished, call, scores, sum(waits), seconds + sum(own)
-        )
-        return batch
+        given = Arguments(prompts, response_ids, response_masks, policy_logprobs)
+        (call, questions), seconds = await together(self._asked, given, n_tokens)
+        started = time.perf_counter()
+        asking = [
+            member.shared.logprobs_async(*question.arguments)
+            for member, question in zip(self.members, questions, strict=True)
+        ]
+        answers = await asyncio.gather(*asking) if len(asking) > 1 else [await asking[0]]
+        waited = time.perf_counter() - started
+        answered = Answered(call, questions, answers)
+        batch, more = await together(self._read, answered, n_tokens)
+        return self._noted(batch, waited, seconds + more)
 
     def score_texts(
         self,
@@ -243,22 +230,39 @@ class CrossModelEntropy(Closes):
         closing = [self.generator.end_of_turn] if any(ends) else []
         return self(prompts, [[*i.tolist(), *closing[:e]] for i, e in zip(ids, ends, strict=True)])
 
+    def _asked(self, many: Sequence[Arguments]) -> list[tuple[Call, list[Question]]]:
+        """What each of these calls asks each verifier."""
+        call = self._prepared(*merged(many))
+        questions = [member.ask(call.segments) for member in self.members]
+        return parted(call, questions, [len(given.response_ids) for given in many])
+
+    def _read(self, many: Sequence[Answered]) -> list[CMEBatch]:
+        """What the answers to each of these calls say."""
+        call, questions, answers = united(many)
+        scores = [
+            member.read(question, given)
+            for member, question, given in zip(self.members, questions, answers, strict=True)
+        ]
+        return self._finished(call, scores, [len(each.call.ids) for each in many])
+
     def _prepared(
         self, prompts: Sequence[Prompt], response_ids: Any, response_masks: Any, policy: Any
-    ) -> _Call:
+    ) -> Call:
         ids, masks, policy = self._checked(prompts, response_ids, response_masks, policy)
-        return _Call(ids, self.generator.segments(prompts, ids, masks), policy)
+        return Call(ids, self.generator.segments(prompts, ids, masks), policy)
 
     def _finished(
-        self, call: _Call, scores: Sequence[SegmentScores], waited: float, seconds: float
-    ) -> CMEBatch:
-        batch, took = _timed(assemble, call.ids, call.segments, scores, call.policy, self.config)
+        self, call: Call, scores: Sequence[SegmentScores], sizes: Sequence[int]
+    ) -> list[CMEBatch]:
+        return assemble(call.ids, call.segments, scores, call.policy, self.config, sizes)
+
+    def _noted(self, batch: CMEBatch, waited: float, seconds: float) -> CMEBatch:
         batch.metrics["verifier_seconds"] = waited
-        batch.metrics["alignment_seconds"] = seconds + took
+        batch.metrics["alignment_seconds"] = seconds
         if batch.metrics["truncated"] and self.warns:
             self.warns = False
             warnings.warn(
-                f"{int(batch.metrics['truncated'])} of {len(call.ids)} responses do not fit the "
+                f"{int(batch.metrics['truncated'])} of {len(batch.mask)} responses do not fit the "
                 "verifier's context; their tails are masked. The metric `truncated` keeps count, "
                 "this warning is not repeated",
                 stacklevel=3,
@@ -288,19 +292,3 @@ def _n_tokens(response_ids: Any) -> int:
         return sum(map(len, response_ids))
     except TypeError:  # what is wrong with them is said where they are read
         return 0
-
-
-def _timed(function: Callable[..., T], *args: Any) -> tuple[T, float]:
-    """The function's result, and the seconds that it took."""
-    started = time.perf_counter()
-    result = function(*args)
-    return result, time.perf_counter() - started
-
-
-async def _without_blocking(
-    n_tokens: int, function: Callable[..., T], *args: Any
-) -> tuple[T, float]:
-    """`_timed`; in a thread, where so many tokens take longer than to wake one."""
-    if n_tokens <= AT_ONCE:
-        return _timed(function, *args)
-    return await asyncio.to_thread(_timed, function, *args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,33 @@ class Question:
     def arguments(self) -> tuple[list[TokenIds], list[TokenIds]]:
         """Of `Verifier.logprobs`."""
         return [self.prompts_n[k] for k in self.asked], [self.requests_n[k] for k in self.asked]
+
+    def part(self, segments: Sequence[Segment], at: slice) -> Question:
+        """The question of some of the segments, these in place of the own."""
+        return Question(
+            segments,
+            self.shown[at],
+            Encoded(*(rows[at] for rows in self.encoded)),
+            self.prompts_n[at],
+            self.requests_n[at],
+            self.with_eos_n[at],
+            self.truncated_n[at],
+        )
+
+
+def joined(questions: Sequence[Question], segments: Sequence[Segment]) -> Question:
+    """One question in place of several, of these segments."""
+    return Question(
+        segments,
+        [shown for q in questions for shown in q.shown],
+        Encoded(
+            *(list(chain(*rows)) for rows in zip(*(q.encoded for q in questions), strict=True))
+        ),
+        [row for q in questions for row in q.prompts_n],
+        [row for q in questions for row in q.requests_n],
+        np.concatenate([q.with_eos_n for q in questions]),
+        np.concatenate([q.truncated_n for q in questions]),
+    )
 
 
 class MemberScorer:

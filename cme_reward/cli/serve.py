@@ -118,7 +118,7 @@ def serve(
             from cme_reward.server import create_app
             from cme_reward.server.run import bind, in_a_passing_thread, run
         except ModuleNotFoundError as error:
-            if error.name not in ("fastapi", "uvicorn", "h11", "prometheus_client"):
+            if error.name not in ("fastapi", "uvicorn", "httptools", "prometheus_client"):
                 raise
             raise ConfigError(
                 f'cme-reward serve needs {error.name}: pip install "cme-reward[serve]"'

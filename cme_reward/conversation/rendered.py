@@ -138,22 +138,29 @@ class RenderedReader:
         )
 
     def ids(self, response: str) -> list[int]:
-        """Ids that write the response: special tokens as such, all else as text.
+        """`ids_batch` of one response."""
+        return self.ids_batch([response])[0]
+
+    def ids_batch(self, responses: Sequence[str]) -> list[list[int]]:
+        """Ids that write each response: special tokens as such, all else as text.
 
         They need not be the sampled ones, but have the same text. U+FFFD at the very end is what
         is left of a character that was cut off, and is not part of it.
         """
-        pieces = self._split.split(response.rstrip("\ufffd"))
+        split = [self._split.split(response.rstrip("\ufffd")) for response in responses]
         # Without the empty ones: of two texts, tokenizers would wake other threads.
-        texts = [piece for piece in pieces[::2] if piece]
+        texts = [piece for pieces in split for piece in pieces[::2] if piece]
         rows = iter(self.table.encode_batch(texts).ids)
-        ids: list[int] = []
-        for k, piece in enumerate(pieces):
-            if k % 2:
-                ids.append(self._special[piece])
-            elif piece:
-                ids += next(rows).tolist()
-        return ids
+        found: list[list[int]] = []
+        for pieces in split:
+            ids: list[int] = []
+            for k, piece in enumerate(pieces):
+                if k % 2:
+                    ids.append(self._special[piece])
+                elif piece:
+                    ids += next(rows).tolist()
+            found.append(ids)
+        return found
 
     def _messages(self, rendered: str) -> list[Message] | None:
         turns = 1

@@ -51,7 +51,7 @@ def _reward(queries: list[str], prompts: list[str], labels: list[Any]) -> dict[s
     scorer, reader = _scorer()
     messages = [prompt_of(reader, *pair) for pair in zip(prompts, labels, strict=True)]
     texts = [reader.response(*pair) for pair in zip(queries, prompts, strict=True)]
-    batch = scorer(messages, [reader.ids(text) for text in texts])
+    batch = scorer(messages, reader.ids_batch(texts))
     scores = [in_unit_interval(x) for x in batch.sequence_rewards.tolist()]
     return {
         "rewards": batch.sequence_rewards,

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from cme_reward import __version__
 from cme_reward.config import CMEConfig
 from cme_reward.reward import CrossModelEntropy
+from cme_reward.server.direct import Direct, Way
 from cme_reward.server.errors import HANDLERS, REFUSALS
 from cme_reward.server.gate import Gate, GateState
 from cme_reward.server.metrics import ServerMetrics
@@ -88,10 +89,6 @@ def create_app(
     state = GateState()
     app.state.gate = state
     app.state.verifier = many
-    app.add_middleware(Gate, settings=settings, state=state, metrics=metrics)
-    for kind, handler in HANDLERS.items():
-        app.add_exception_handler(kind, handler)
-    metrics.info.info({"version": __version__, "verifier": many.name})
 
     @app.post("/v1/score", response_model=ScoreReply, responses=REFUSALS)
     async def score(request: ScoreRequest) -> Response:
@@ -102,6 +99,13 @@ def create_app(
     async def get_reward(request: RewardRequest) -> Response:
         """OpenRLHF's remote reward: a number for each response."""
         return _json(await service.get_reward(request))
+
+    ways = {"/v1/score": Way(ScoreRequest, score), "/get_reward": Way(RewardRequest, get_reward)}
+    app.add_middleware(Direct, ways=ways)
+    app.add_middleware(Gate, settings=settings, state=state, metrics=metrics)
+    for kind, handler in HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+    metrics.info.info({"version": __version__, "verifier": many.name})
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:

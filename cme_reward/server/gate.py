@@ -69,6 +69,8 @@ class Gate:
         self.settings = settings
         self.state = state
         self.metrics = metrics
+        metrics.in_flight.set_function(lambda: state.requests)
+        metrics.held_bytes.set_function(lambda: state.bytes)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -153,18 +155,12 @@ class Gate:
         finally:
             state.requests -= 1
             state.bytes -= held
-            self._show()
 
     def _hold(self, requests: int, size: int) -> None:
         if self.state.bytes + size > self.settings.max_held_bytes:
             raise self._busy(f"{self.state.bytes:,} bytes of requests")
         self.state.requests += requests
         self.state.bytes += size
-        self._show()
-
-    def _show(self) -> None:
-        self.metrics.in_flight.set(self.state.requests)
-        self.metrics.held_bytes.set(self.state.bytes)
 
     def _shutting_down(self) -> _Refused:
         return _Refused(
@@ -201,9 +197,10 @@ class Gate:
                 raise _Gone
             await work
         finally:
-            for task in (work, left):
-                task.cancel()
-            await asyncio.gather(work, left, return_exceptions=True)
+            left.cancel()
+            if not work.done():
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
 
 
 class _Reply:

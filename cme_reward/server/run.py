@@ -14,9 +14,8 @@ from concurrent.futures import Future
 from types import FrameType
 from typing import Any, TypeVar
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cme_reward.errors import ConfigError
 from cme_reward.server.gate import GateState
@@ -24,6 +23,10 @@ from cme_reward.server.settings import ServerSettings
 
 logger = logging.getLogger("cme_reward.server")
 T = TypeVar("T")
+_MOST_FRAMING = 64 * 1024
+"""Bytes of a request besides its body."""
+_CHUNK_FRAMING = 8
+"""More of them for each byte of a body: it may come in chunks of a single one."""
 
 _LOGGING: dict[str, Any] = {
     "version": 1,
@@ -125,29 +128,43 @@ class _Server(uvicorn.Server):
         say("stopped, with %d requests unanswered", self.gate.lost)
 
 
-def _protocol(seconds: float) -> type[H11Protocol]:
+def _protocol(seconds: float) -> type[HttpToolsProtocol]:
     """HTTP for clients that may stall: a connection without progress does not stay.
 
     The gate has its own deadlines for a request that it reads; this is for headers that do not end,
     for a body that nobody waits for any more, and for replies that are not read.
     """
 
-    class Patient(H11Protocol):
+    class Patient(HttpToolsProtocol):
         def connection_made(self, transport: Any) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._stalled = 0
+            self._framing = 0
             self._watch = self.loop.call_later(seconds, self._check)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._watch.cancel()
             super().connection_lost(exc)
 
+        def data_received(self, data: bytes) -> None:
+            self._framing += len(data)
+            super().data_received(data)
+            if self._framing > _MOST_FRAMING:  # the parser keeps headers of any length
+                self.transport.abort()
+
+        def on_message_begin(self) -> None:
+            self._framing = 0
+            super().on_message_begin()
+
+        def on_body(self, body: bytes) -> None:
+            self._framing -= (1 + _CHUNK_FRAMING) * len(body)
+            super().on_body(body)
+
         def _check(self) -> None:
             waits = self.cycle is not None and not self.cycle.response_complete
             unread = self.transport.get_write_buffer_size() > 0
-            unfinished = not waits and self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
             idle = self.timeout_keep_alive_task is not None
-            self._stalled = self._stalled + 1 if unread or (unfinished and not idle) else 0
+            self._stalled = self._stalled + 1 if unread or not (waits or idle) else 0
             if self._stalled > 1:
                 self.transport.abort()
                 return

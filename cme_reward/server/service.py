@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from cme_reward import __version__
+from cme_reward._together import together
 from cme_reward.batch import CMEBatch
 from cme_reward.conversation.rendered import RenderedReader, messages_from_label
 from cme_reward.errors import InputError
@@ -17,8 +18,15 @@ from cme_reward.server.models import RewardRequest, ScoreRequest
 
 LOGGED = names("tokens", "mean", "sum")
 """Of each query, for OpenRLHF's log."""
-_AT_ONCE = 10_000
-"""Characters that take less time to read than another thread takes to start."""
+_CHARACTERS = 10
+"""As many take the time of a token to read."""
+
+
+class _Query(NamedTuple):
+    at: int
+    query: str
+    prompt: str
+    label: Any
 
 
 class Service:
@@ -72,7 +80,7 @@ class Service:
         labels = request.labels or [None] * len(request.query)
         # One by one, for metrics of each; the verifier scores them together.
         batches = await _all(
-            self._rollout(k, *row)
+            self._rollout(_Query(k, *row))
             for k, row in enumerate(zip(request.query, request.prompts, labels, strict=True))
         )
         rewards = [float(batch.sequence_rewards[0]) for batch in batches]
@@ -85,20 +93,23 @@ class Service:
             },
         }
 
-    async def _rollout(self, k: int, query: str, prompt: str, label: Any) -> CMEBatch:
-        def read() -> tuple[Any, list[int]]:
-            ids = self.reader.ids(self.reader.response(query, prompt))
-            messages = messages_from_label(label)
-            return messages or self.reader.prompt(prompt), ids
-
-        try:
-            short = len(query) + len(prompt) < _AT_ONCE
-            messages, ids = read() if short else await asyncio.to_thread(read)
-        except InputError as error:
-            raise InputError(f"query {k}: {error}") from error
+    async def _rollout(self, query: _Query) -> CMEBatch:
+        size = (len(query.query) + len(query.prompt)) // _CHARACTERS
+        (messages, ids), _ = await together(self._rollouts, query, size)
         batch = await self.scorer.score_async([messages], [ids])
         self.metrics.scored(batch)
         return batch
+
+    def _rollouts(self, queries: list[_Query]) -> list[tuple[Any, list[int]]]:
+        """The prompt and the ids of each."""
+        prompts, texts, at = [], [], 0
+        try:
+            for at, query, prompt, label in queries:  # noqa: B007 (where it failed)
+                texts.append(self.reader.response(query, prompt))
+                prompts.append(messages_from_label(label) or self.reader.prompt(prompt))
+            return list(zip(prompts, self.reader.ids_batch(texts), strict=True))
+        except InputError as error:  # of the only one, which then asks alone
+            raise InputError(f"query {at}: {error}") from error
 
     def _ids(self, texts: list[str], append_eos: bool) -> list[list[int]]:
         ending = [self.scorer.generator.end_of_turn] if append_eos else []

@@ -89,12 +89,12 @@ def test_modules_are_small() -> None:
 
 ROOMS = [
     {"errors"},
-    {"_forks", "_keys", "_lazy", "_lru", "_ragged", "_settings"},
+    {"_forks", "_keys", "_lazy", "_lru", "_ragged", "_settings", "_together"},
     {"spans"},
     {"advantages", "alignment", "batch", "config", "metrics"},
     {"_row", "conversation"},
     {"generator", "loading", "verifiers"},
-    {"assembly", "reward", "scoring"},
+    {"assembly", "calls", "reward", "scoring"},
     {"comparators", "heatmap", "ranking", "evaluation", "curves"},
     {"openrlhf", "server", "trl", "verl"},
     {"cli"},

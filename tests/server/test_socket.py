@@ -214,6 +214,18 @@ def test_clients_that_are_slow_do_not_stay(client: httpx.Client, server: Program
     until(nothing_is_held(client))
 
 
+def test_headers_are_not_kept_whatever_their_length(server: Program) -> None:
+    """They are what no other limit counts, and a parser keeps."""
+    sent = 0
+    with connected(server, b"GET /health HTTP/1.1\r\nX: ") as raw:
+        try:
+            while sent < 256 * MIB:
+                sent += raw.send(b"x" * 65536)
+        except ConnectionError:
+            pass
+    assert sent < 64 * MIB  # what the system's buffers take, and more
+
+
 def test_a_reply_that_is_not_read_is_given_up(client: httpx.Client, server: Program) -> None:
     body = json.dumps({"prompts": ["a"], "response_ids": [[70] * 700_000]}).encode()
     with connected(server, request(body), receive_buffer=4096) as raw:
