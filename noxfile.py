@@ -155,8 +155,10 @@ def verl(session: nox.Session) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # an older version's
     session.run("python", "-m", "pip", "download", "--no-deps", "--no-binary", "verl",
                 "-c", constraints, "-d", str(folder), "verl")  # fmt: skip
-    (source,) = folder.glob("verl-*.tar.gz")
-    peer = ("python", "-m", "verl_rig.peer", str(source), *HANGS)
+    sources = list(folder.glob("verl-*.tar.gz"))
+    if not sources:
+        return  # --install-only downloads nothing
+    peer = ("python", "-m", "verl_rig.peer", str(sources[0]), *HANGS)
     session.run(*peer, env={"PYTHONPATH": "tests/support"})
 
 
@@ -193,7 +195,10 @@ def openrlhf(session: nox.Session) -> None:
     find = (
         "import pathlib, openrlhf; print(pathlib.Path(openrlhf.__file__).parent.parent / 'tests')"
     )
-    own = str(session.run("python", "-c", find, silent=True)).strip()
+    found = session.run("python", "-c", find, silent=True)
+    if found is None:
+        return  # --install-only runs nothing
+    own = str(found).strip()
     stand_ins = str(Path("tests/support/openrlhf_rig/site").resolve())
     environ = {**offline, "PYTHONPATH": stand_ins, "DS_ACCELERATOR": "cpu"}
     session.run("pytest", "-q", *HANGS, "-c", os.devnull, "--rootdir", own, own, env=environ)
