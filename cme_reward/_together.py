@@ -37,6 +37,7 @@ async def together(
     loop = asyncio.get_running_loop()
     waiting = _WAITING.setdefault((loop, function), [])
     if not waiting:
+        _forget_closed()
         loop.call_soon(_begin, loop, function)
     waiting.append(_Wish(item, n_tokens, loop.create_future()))
     return await waiting[-1].answer
@@ -47,6 +48,13 @@ def timed(function: Callable[..., Y], *args: Any) -> tuple[Y, float]:
     started = time.perf_counter()
     result = function(*args)
     return result, time.perf_counter() - started
+
+
+def _forget_closed() -> None:
+    """A loop that was closed in the middle of a turn would be kept for ever, the verifier too."""
+    for key in list(_WAITING):
+        if key[0].is_closed():
+            _WAITING.pop(key, None)
 
 
 def _begin(loop: asyncio.AbstractEventLoop, function: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from stubs import TableVerifier
 from tokenizer_kinds import load_tokenizer
 
 from cme_reward import CMEBatch, CMEConfig, CrossModelEntropy, InputError
-from cme_reward._together import AT_ONCE, together
+from cme_reward._together import _WAITING, AT_ONCE, together
 from cme_reward.metrics import mean
 from cme_reward.verifiers.base import Verifier
 
@@ -55,6 +55,22 @@ def test_what_fails_fails_alone_and_what_is_cancelled_is_not_done() -> None:
     assert isinstance(error, ZeroDivisionError)
     assert isinstance(cancelled, asyncio.CancelledError)
     assert calls == [[1, 0, 2], [1], [0], [2]]
+
+
+def test_a_loop_that_ends_in_the_middle_of_a_turn_leaves_nothing_behind() -> None:
+    def same(items: list[int]) -> list[int]:
+        return items
+
+    loop = asyncio.new_event_loop()
+    asking = together(same, 1, 1)
+    loop.call_soon(lambda: asking.send(None))
+    loop.call_soon(loop.stop)  # before what was asked for is begun
+    loop.run_forever()
+    loop.close()
+    asking.close()
+    assert [key for key in _WAITING if key[1] is same]
+    assert asyncio.run(together(same, 2, 1))[0] == 2
+    assert not [key for key in _WAITING if key[1] is same]
 
 
 ASKED: list[tuple[Any, ...]] = [
