@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cme_reward.verifiers.batching import BatchingVerifier
     from cme_reward.verifiers.hf import TransformersVerifier
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BatchingVerifier",

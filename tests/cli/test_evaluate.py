@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from tokenizer_kinds import SHARED, shared_rows
 from typer.testing import CliRunner
-from waiting import until
+from waiting import PATIENCE, until
 
 import cme_reward
 from cme_reward.cli.app import app
@@ -49,7 +49,9 @@ class Server(ThreadingHTTPServer):
         self.answered = 0
         self.keys: set[str | None] = set()
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self.delay = 0.0
+        self.at_first: float = math.inf
+        """Questions that are answered before `more` is set; the others wait for it."""
+        self.more = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -69,8 +71,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked[text] += 1
             self.server.keys.add(self.headers.get("Authorization"))
-            times = self.server.asked[text]
-        self.server.closing.wait(self.server.delay)
+            times, held = self.server.asked[text], self.server.asked.total() > self.server.at_first
+        if held:
+            self.server.more.wait(PATIENCE)
         if "hang" in text:
             self.server.closing.wait(5)
         elif "busy" in text and times == 1:
@@ -375,35 +378,44 @@ def start(folder: Path, server: Server, file: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_asks_nothing_twice(server: Server, folder: Path) -> None:
     file = write(folder / "all.jsonl", answers([f"prompt {k}" for k in range(60)]))
-    server.delay = 0.05
+    server.at_first = 15
+    judgments = folder / "evaluation" / "judgments.jsonl"
     with start(folder, server, file) as process:
-        until(lambda: server.answered >= 15)
+        until(lambda: judgments.is_file() and judgments.read_text().count("\n") == 15)
+        until(lambda: server.asked.total() == 15 + 4)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+    server.more.set()
     before = journal(folder)
-    assert 10 <= len(before) < 60
-    with (folder / "evaluation" / "judgments.jsonl").open("a") as file_of_judgments:
+    assert len(before) == 15
+    with judgments.open("a") as file_of_judgments:
         file_of_judgments.write('{"key": "abc", "verdi')  # torn
     evaluate(file, "--judge", server.url, "--judge-model", "judge", "--concurrency", 4)
     after = journal(folder)
     assert after[: len(before)] == before
     assert len(after) == len({line["key"] for line in after}) == 60
     assert len(server.asked) == 60
-    assert server.asked.total() <= 60 + 4  # those under way when it was killed
+    assert server.asked.total() == 60 + 4  # those under way when it was killed
     assert found(folder)["results"][0]["wins"] == 60
 
 
 @pytest.mark.slow
 def test_what_is_under_way_at_ctrl_c_is_kept(server: Server, folder: Path) -> None:
     file = write(folder / "all.jsonl", answers([f"prompt {k}" for k in range(60)]))
-    server.delay = 0.3
+    server.at_first = 6
     with start(folder, server, file) as process:
-        until(lambda: server.asked.total() >= 6)
+        assert process.stderr is not None
+        until(lambda: server.asked.total() == 6 + 4)
         process.send_signal(signal.SIGINT)
-        _, shown = process.communicate(timeout=60)
+        shown = ""
+        while "waiting for the answers under way" not in shown:
+            piece = process.stderr.read(1)
+            assert piece, shown  # it ended
+            shown += piece
+        server.more.set()
+        shown += process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 130, shown
-    assert "waiting for the answers under way" in shown
-    assert len(journal(folder)) == server.answered == server.asked.total() < 60
+    assert len(journal(folder)) == server.answered == server.asked.total() == 6 + 4
 
 
 def test_stored_preferences_need_no_judge(folder: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from cme_reward import CrossModelEntropy, load_verifier
+from cme_reward import CrossModelEntropy, __version__, load_verifier
 from cme_reward.cli.app import app
 from cme_reward.cli.jsonl import Bad, Good, batches, read_rows
 from cme_reward.verifiers.endpoint import EndpointVerifier
@@ -521,7 +521,7 @@ def test_an_ensemble_takes_the_first_members_tokenizer(model: Path, uniform: Pat
 
 
 def test_help_and_version() -> None:
-    assert run("--version").stdout == "cme-reward 0.1.0\n"
+    assert run("--version").stdout == f"cme-reward {__version__}\n"
     overview = run("--help").stdout
     assert "score" in overview
     assert "check-pair" in overview

@@ -14,7 +14,7 @@ from stubs import TableVerifier
 from tokenizer_kinds import TEXTS, load_tokenizer
 from waiting import PATIENCE, until
 
-from cme_reward import CMEConfig, CrossModelEntropy, Ensemble, load_verifier
+from cme_reward import CMEConfig, CrossModelEntropy, Ensemble, __version__, load_verifier
 from cme_reward.server import create_app
 from cme_reward.verifiers.base import Verifier
 
@@ -445,7 +445,7 @@ def test_health_metrics_and_documents(generator: Any) -> None:
                 "cme_requests_held 0.0",
                 "cme_bytes_held 0.0",
                 "cme_verifier_call_responses_count 1.0",
-                'cme_server_info{verifier="table",version="0.1.0"} 1.0',
+                f'cme_server_info{{verifier="table",version="{__version__}"}} 1.0',
             ):
                 assert line in got.text.splitlines(), got.text
             document = (await client.get("/openapi.json")).json()
