@@ -81,7 +81,7 @@ class EvolRL(TTRL):
         answered = np.flatnonzero([answer is not None for answer in answers])
         if not len(answered):
             return rewards
-        alike = self._alike([texts[b] for b in answered])
+        alike = self._alike([texts[b] for b in answered.tolist()])
         np.fill_diagonal(alike, np.nan)
         for side, low in ((agrees[answered], 0.5), (~agrees[answered], -1.0)):
             rewards[answered[side]] = low + 0.5 * _unlike(alike, side)
