@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import re
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +53,11 @@ def serve(checkout: str, generator: str, tokenizer: str, seconds: float) -> None
     run(app, bind("127.0.0.1", 0), settings)
 
 
-@contextmanager
 def serving(checkout: str, args: argparse.Namespace) -> Any:
-    from server_load import Server
+    from server_load import started
 
     options = [args.generator, args.tokenizer, str(args.verifier_seconds)]
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", str(Path(checkout).resolve()), *options],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        found = re.search(r"listening on http://(\S+):(\d+)", line)
-        if found:
-            yield Server(found[1], int(found[2]), process.pid)
-            break
-        sys.stderr.write(line)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
-    process.stderr.close()
+    return started([sys.executable, __file__, "--serve", str(Path(checkout).resolve()), *options])
 
 
 def main() -> None:

@@ -68,6 +68,13 @@ def serving(args: argparse.Namespace, *options: str) -> Any:
         *("--verifier", args.verifier, "--generator-tokenizer", args.generator),
         *("--device", args.device, *options),
     ]
+    with started(command) as server:
+        yield server
+
+
+@contextmanager
+def started(command: list[str]) -> Any:
+    """The server that a command runs, from when it listens; it has to end well when told to."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:

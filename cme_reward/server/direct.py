@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from cme_reward.errors import CMEError
 from cme_reward.server.errors import HANDLERS
-from cme_reward.server.gate import Message, Receive, Send
+from cme_reward.server.gate import Message, Receive, Send, first
 
 
 class Way(NamedTuple):
@@ -41,23 +41,10 @@ class Direct:
         try:
             asked = way.model.model_validate(json.loads(message["body"]))
         except Exception:
-            await self.app(scope, _again(message, receive), send)
+            await self.app(scope, first(message, receive), send)
             return
         try:
             reply = await way.answer(asked)
         except CMEError as error:
             reply = await HANDLERS[CMEError](Request(scope), error)
         await reply(scope, receive, send)
-
-
-def _again(message: Message, receive: Receive) -> Receive:
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return message
-
-    return replay

@@ -180,17 +180,13 @@ class Gate:
 
     async def _answer(self, scope: Message, body: bytes, receive: Receive, reply: _Reply) -> None:
         left = asyncio.ensure_future(_disconnected(receive))
-        given = False
 
-        async def replay() -> Message:
-            nonlocal given
-            if given:
-                await left
-                return {"type": "http.disconnect"}
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+        async def gone() -> Message:
+            await left
+            return {"type": "http.disconnect"}
 
-        work = asyncio.ensure_future(self.app(scope, replay, reply.send))
+        whole = {"type": "http.request", "body": body, "more_body": False}
+        work = asyncio.ensure_future(self.app(scope, first(whole, gone), reply.send))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done() and not reply.complete:
@@ -242,6 +238,16 @@ class _Reply:
         start = {"type": "http.response.start", "status": refused.status, "headers": encoded}
         await self.send(start)
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def first(message: Message, then: Receive) -> Receive:
+    """To receive this message, and after it what `then` gives."""
+    messages = iter([message])
+
+    async def receive() -> Message:
+        return next(messages, None) or await then()
+
+    return receive
 
 
 async def _disconnected(receive: Receive) -> None:
