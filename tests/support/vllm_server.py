@@ -59,7 +59,20 @@ def llama(folder: Path) -> None:
     shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"llama": llama, "gemma3": gemma3}
+SMOLLM2 = Path(__file__).parents[2] / "real-models" / "SmolLM2-135M-Instruct"
+"""Where `python -m benchmarks.real.models` puts it."""
+
+
+def smollm2(folder: Path) -> None:
+    """A real verifier of useful size."""
+    folder.symlink_to(SMOLLM2, target_is_directory=True)
+
+
+MODELS: dict[str, Callable[[Path], None]] = {
+    "llama": llama,
+    "gemma3": gemma3,
+    "smollm2": smollm2,
+}
 
 # vLLM's quicker endpoint needs its second model runner, and that one Triton, which has no backend
 # for CPUs: declare one, and let Triton's interpreter run the kernels. Slow, and the same code.

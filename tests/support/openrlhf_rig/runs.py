@@ -182,14 +182,14 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
 
 
 @contextmanager
-def cluster(folder: Path, *, dashboard: bool = False) -> Iterator[dict[str, str]]:
-    """A Ray cluster of our own; gives its addresses."""
+def cluster(folder: Path, *, dashboard: bool = False, **settings: str) -> Iterator[dict[str, str]]:
+    """A Ray cluster of our own, with `settings` for its workers; gives its addresses."""
     command = [sys.executable, str(HERE / "cluster.py"), *["--dashboard"] * dashboard]
     with (
         (folder / "cluster.log").open("w") as log,
         subprocess.Popen(
             command,
-            env=environment(folder),
+            env=environment(folder, **settings),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -205,7 +205,7 @@ def cluster(folder: Path, *, dashboard: bool = False) -> Iterator[dict[str, str]
 
 
 def train(
-    folder: Path, address: str, command: list[str], **settings: str
+    folder: Path, address: str, command: list[str], seconds: float = 900, **settings: str
 ) -> tuple[int, str, list[list[dict[str, Any]]]]:
     """Run a training: exit status, what it printed, and for each step its rows.
 
@@ -220,7 +220,7 @@ def train(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=seconds,
     )
     return done.returncode, done.stdout, read_steps(folder)
 

@@ -48,6 +48,24 @@ def _deepspeed_engine(module: Any) -> None:
     )
 
 
+def _float32(module: Any) -> None:
+    """Where `RIG_FLOAT32` is set: many CPUs are ten times slower in the two that OpenRLHF has."""
+    import torch
+
+    module.convert_to_torch_dtype = lambda name: torch.float32
+
+
+def _float32_training(module: Any) -> None:
+    inner = module.get_train_ds_config
+
+    def get_train_ds_config(*args: Any, **kwargs: Any) -> Any:
+        config = inner(*args, **kwargs)
+        config["bf16"]["enabled"] = False
+        return config
+
+    module.get_train_ds_config = get_train_ds_config
+
+
 def _record(module: Any) -> None:
     import torch
 
@@ -111,6 +129,12 @@ _AFTER = {
     "openrlhf.trainer.ppo_trainer": _record,
     "cme_reward.openrlhf.verifier": _asked,
 }
+
+if "RIG_FLOAT32" in os.environ:
+    _AFTER |= {
+        "openrlhf.utils.utils": _float32,
+        "openrlhf.utils.deepspeed.deepspeed_utils": _float32_training,
+    }
 
 
 class _Finder(importlib.abc.MetaPathFinder):

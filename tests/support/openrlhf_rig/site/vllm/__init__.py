@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class AsyncLLMEngine:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        dtype = torch.float32 if "RIG_FLOAT32" in os.environ else torch.bfloat16
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         stops = self.model.generation_config.eos_token_id
         self.stops = {self.tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops)}
@@ -60,14 +62,17 @@ class AsyncLLMEngine:
         ids: list[int] = []
         logprobs: list[dict[int, Any]] = []
         with self.lock, torch.no_grad():
+            shown, cache = prompt_ids, None
             while len(ids) < params.max_tokens and not self.stops & set(ids[-1:]):
-                logits = self.model(torch.tensor([prompt_ids + ids])).logits[0, -1].float()
+                out = self.model(torch.tensor([shown]), past_key_values=cache, use_cache=True)
+                cache, logits = out.past_key_values, out.logits[0, -1].float()
                 logp = (logits / params.temperature).log_softmax(-1)
                 p = logp.exp()
                 if len(ids) < params.min_tokens:
                     p[list(self.stops)] = 0
                 ids.append(int(torch.multinomial(p, 1, generator=self.random)))
                 logprobs.append({ids[-1]: SimpleNamespace(logprob=logp[ids[-1]].item())})
+                shown = ids[-1:]
         stopped = ids[-1] in self.stops
         # As in vLLM: the end of a turn is among the ids, and not in the text.
         text = self.tokenizer.decode(

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+KEPT = 1000
+"""Tensors, more than a model has: what is older was received by all, or the trainer would wait."""
+
 
 class PyNcclCommunicator:
     def __init__(self, group: Any, device: Any = None) -> None:
@@ -21,8 +24,10 @@ class PyNcclCommunicator:
         self.count += 1
         file = self.folder / f"{self.count}.pt"
         if self.rank == src:
-            torch.save(tensor.detach().cpu().contiguous(), file.with_suffix(".part"))
+            # A copy: of a view, torch saves all that it is a view of, with ZeRO the whole model.
+            torch.save(tensor.detach().cpu().clone(), file.with_suffix(".part"))
             file.with_suffix(".part").rename(file)
+            (self.folder / f"{self.count - KEPT}.pt").unlink(missing_ok=True)
             return
         for _ in range(60_000):
             if file.exists():
