@@ -356,9 +356,9 @@ def test_decisions_are_paired_and_corrected(tmp_path: Path) -> None:
             file.write_text(json.dumps({"seed": seed, "curve": curve}))
     better, same, worse = decide.decisions(world, "horizon")
     assert (better.ours, better.theirs, better.seeds) == ("sequence", "token", 3)
-    # Differences 0.1, 0.1, 0.101: mean 0.100333, deviation 0.00057735 over sqrt(3). Of eleven
-    # comparisons, t with two degrees of freedom for 1 - 0.05 / 22 is 14.782.
-    assert better.end == pytest.approx((0.100333, 14.782 * 0.00057735 / 3**0.5), abs=1e-4)
+    # Differences 0.1, 0.1, 0.101: mean 0.100333, deviation 0.00057735 over sqrt(3). Of twelve
+    # comparisons, t with two degrees of freedom for 1 - 0.05 / 24 is 15.443.
+    assert better.end == pytest.approx((0.100333, 15.443 * 0.00057735 / 3**0.5), abs=1e-4)
     assert better.verdict == "better"
     assert (same.end, same.verdict) == ((0.0, 0.0), "no difference")
     assert worse.verdict == "worse"
