@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import real_pair
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -59,13 +60,9 @@ def llama(folder: Path) -> None:
     shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
 
 
-SMOLLM2 = Path(__file__).parents[2] / "real-models" / "SmolLM2-135M-Instruct"
-"""Where `python -m benchmarks.real.models` puts it."""
-
-
 def smollm2(folder: Path) -> None:
     """A real verifier of useful size."""
-    folder.symlink_to(SMOLLM2, target_is_directory=True)
+    folder.symlink_to(real_pair.VERIFIER, target_is_directory=True)
 
 
 MODELS: dict[str, Callable[[Path], None]] = {

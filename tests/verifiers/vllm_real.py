@@ -19,14 +19,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+import real_pair
 import torch
 from transformers import AutoTokenizer
-from vllm_server import BACKEND, KEY, MODELS, SMOLLM2, START_SECONDS, Server, forget_peak, peak
+from vllm_server import BACKEND, KEY, MODELS, START_SECONDS, Server, forget_peak, peak
 
 from cme_reward import CMEBatch, CMEConfig, CrossModelEntropy, VerifierError, load_verifier
 
 ROOT = Path(__file__).parents[2]
-TOLERANCE = 1e-4  # nats a token of the verifier's
+TOLERANCE = 1e-4  # nats a token
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def server(
 GENERATE = ["llama-generate", "gemma3-generate"]
 REAL = pytest.param(
     "smollm2",
-    marks=pytest.mark.skipif(not SMOLLM2.is_dir(), reason="python -m benchmarks.real.models"),
+    marks=pytest.mark.skipif(not real_pair.VERIFIER.is_dir(), reason=real_pair.NEEDED),
 )
 on = pytest.mark.parametrize("server", ["llama", "gemma3", *GENERATE], indirect=True)
 on_all = pytest.mark.parametrize("server", ["llama", "gemma3", *GENERATE, REAL], indirect=True)
@@ -123,7 +124,11 @@ def score(verifier: Any, n: int = 64) -> CMEBatch:
 
 def size(server: Server) -> int:
     """Responses to score: what takes seconds."""
-    return 16 if server.folder.name == "smollm2" else 64
+    return 16 if is_real(server) else 64
+
+
+def is_real(server: Server) -> bool:
+    return server.folder.name == "smollm2"
 
 
 @on_all
@@ -149,7 +154,8 @@ def test_gives_the_rewards_of_the_model_in_process(
             f"{sequences:.1e}; mean log-prob {wanted.token_logprobs[wanted.mask].mean():.2f}; "
             f"{server.answers()} answers from {server.path}"
         )
-    assert distance < 2 * TOLERANCE  # of the generator's, which add up several
+    # The generator's add up several of the verifier's: with SmolLM2 1.6e-4 was measured.
+    assert distance < TOLERANCE * (2 if is_real(server) else 1)
     assert max(verifier_tokens) < TOLERANCE
     assert sequences < TOLERANCE
 

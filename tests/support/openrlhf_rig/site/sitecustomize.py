@@ -49,7 +49,7 @@ def _deepspeed_engine(module: Any) -> None:
 
 
 def _float32(module: Any) -> None:
-    """Where `RIG_FLOAT32` is set: many CPUs are ten times slower in the two that OpenRLHF has."""
+    """Where `RIG_FLOAT32` is set: many CPUs are slow in the two types that OpenRLHF has."""
     import torch
 
     module.convert_to_torch_dtype = lambda name: torch.float32

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 KEPT = 1000
-"""Tensors, more than a model has: what is older was received by all, or the trainer would wait."""
+"""Tensors, more than the rig's models have: all have received what is older."""
 
 
 class PyNcclCommunicator:
