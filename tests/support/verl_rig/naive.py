@@ -184,6 +184,7 @@ def largest_difference(
     score: Callable[[str, list[int], list[int]], tuple[np.ndarray, np.ndarray]],
     eps: float = 0.1,
     normalise: Callable[..., list[np.ndarray]] = advantages,
+    content: Callable[[Any, Any], str] = content_of,
 ) -> float:
     """Between what the actor received and what is computed here, over all steps."""
     rows = [
@@ -197,7 +198,7 @@ def largest_difference(
     for first in range(0, len(rows), rows_per_step):
         step = rows[first : first + rows_per_step]
         assert all(row["response_mask"].any() for row in step), "veRL filled up the batch"
-        groups = [content_of(policy, row["prompts"]) for row in step]
+        groups = [content(policy, row["prompts"]) for row in step]
         scored = [
             score(group, row["responses"].tolist(), row["response_mask"].tolist())
             for group, row in zip(groups, step, strict=True)
