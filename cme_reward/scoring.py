@@ -150,29 +150,26 @@ class MemberScorer:
         """
         segments, shown, encoded = question.segments, question.shown, question.encoded
         with_eos_n, truncated_n = question.with_eos_n, question.truncated_n
-        requests, answers = question.requests_n, self._checked(question, answers)
-        aligned, covered, share = _place(shown, encoded, answers, truncated_n)
-        aligned_N = np.concatenate([np.zeros(0), *aligned])
-        own = [s if k.share_T is None else s * k.share_T
-               for s, k in zip(share, segments, strict=True)]  # fmt: skip
-        share_N = np.concatenate([np.zeros(0), *own])
-        is_eos_N = np.zeros(len(aligned_N), dtype=bool)
+        requests, answers = list(question.requests_n), self._checked(question, answers)
         offsets = row_offsets([len(s.ends) for s in segments])
+        aligned_N, covered_N, share_N = _place(shown, encoded, answers, truncated_n, offsets)
+        for k, segment in enumerate(segments):
+            if segment.share_T is not None:
+                share_N[offsets[k] : offsets[k + 1]] *= segment.share_T
+        is_eos_N = np.zeros(len(aligned_N), dtype=bool)
         for k in np.flatnonzero(with_eos_n & ~truncated_n).tolist():
             position = int(offsets[k]) + (segments[k].eos or 0)
             is_eos_N[position] = True
             share_N[position] = 1
             aligned_N[position] = answers[k][-1]
         # Tokens that hold nothing but the template's white space are no part of the response.
-        own_n = [
-            slice(int(np.count_nonzero(s.within(ends_S) == 0)) if s.lead else 0, None)
-            for s, ends_S in zip(shown, encoded.ends, strict=True)
-        ]
-        requests = [row[own] for row, own in zip(requests, own_n, strict=True)]
-        answers = [row[own] for row, own in zip(answers, own_n, strict=True)]
+        for k, (s, ends_S) in enumerate(zip(shown, encoded.ends, strict=True)):
+            if s.lead:
+                own = slice(int(np.count_nonzero(s.within(ends_S) == 0)), None)
+                requests[k], answers[k] = requests[k][own], answers[k][own]
         return SegmentScores(
             aligned_N=aligned_N,
-            covered_N=np.concatenate([np.zeros(0, dtype=bool), *covered]),
+            covered_N=covered_N,
             share_N=share_N,
             is_eos_N=is_eos_N,
             verifier_tokens_n=list(zip(requests, answers, strict=True)),
@@ -235,25 +232,32 @@ def _place(
     encoded: Encoded,
     answers: list[Float64],
     truncated_n: NDArray[np.bool_],
-) -> tuple[list[Float64], list[NDArray[np.bool_]], list[Float64]]:
-    """Log-probs on each segment's generator tokens; whether these are covered; their shares."""
-    logprobs, verifier_ends, covered, shares = [], [], [], []
-    for own, ends_S, holes, answer, truncated in zip(
-        shown, encoded.ends, encoded.holes, answers, truncated_n, strict=True
+    offsets: Int64,
+) -> tuple[Float64, NDArray[np.bool_], Float64]:
+    """Log-probs on the generator's tokens `[N]`; whether these are covered; their shares."""
+    ends_N = np.concatenate([np.zeros(0, np.int64), *(own.ends for own in shown)])
+    widths_N = np.diff(ends_N, prepend=0)
+    begin = offsets[:-1][np.diff(offsets) > 0]
+    widths_N[begin] = ends_N[begin]
+    share_N = (widths_N > 0).astype(np.float64)  # of rows that are read whole
+    covered_N = widths_N > 0
+    logprobs, verifier_ends = [], []
+    for k, (own, ends_S, holes, answer) in enumerate(
+        zip(shown, encoded.ends, encoded.holes, answers, strict=True)
     ):
-        ends_T, ends_S, holes = own.ends, own.within(ends_S), own.within(holes)
+        ends_S = own.within(ends_S)
         n = min(len(ends_S), len(answer))  # the end of turn has no text
-        scored_to = ends_S[:n][-1:].sum() if truncated else ends_T[-1:].sum()
-        share_T = _shares(ends_T, holes, scored_to)
-        covered_T = share_T > 0
-        if truncated:
-            covered_T &= ends_T <= scored_to
-        logp_S, ends_S = _with_holes(answer[:n], ends_S[:n], holes)
+        logp_S, ends_S = answer[:n], ends_S[:n]
+        if truncated_n[k] or len(holes):
+            row, holes = slice(offsets[k], offsets[k + 1]), own.within(holes)
+            scored_to = (ends_S if truncated_n[k] else own.ends)[-1:].sum()
+            share_N[row] = _shares(own.ends, holes, scored_to)
+            covered_N[row] = (share_N[row] > 0) & (own.ends <= scored_to)
+            logp_S, ends_S = _with_holes(logp_S, ends_S, holes)
         logprobs.append(logp_S)
         verifier_ends.append(ends_S)
-        covered.append(covered_T)
-        shares.append(share_T)
-    return align_batch(logprobs, verifier_ends, [own.ends for own in shown]), covered, shares
+    aligned = align_batch(logprobs, verifier_ends, [own.ends for own in shown])
+    return np.concatenate([np.zeros(0), *aligned]), covered_N, share_N
 
 
 def _with_holes(logp_S: Float64, ends_S: Int64, holes: Int64) -> tuple[Float64, Int64]:

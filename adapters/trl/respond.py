@@ -32,6 +32,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", required=True, help="as train.py's: a .jsonl file, or a dataset on the hub")
     add("--split", default="train", help="of a dataset on the hub")
     add("--n-prompts", type=int, help="at most so many, drawn with the seed; default: all")
+    add("--chat-template", type=Path, help="as in training; a policy trained with it has it")
     add("--system-prompt", help="as in training")
     add("--output", type=Path, required=True, help="JSON lines; what is there is kept")
     add("--name", help="the field `model` of each line; default: --model")
@@ -118,7 +119,7 @@ def main() -> None:
         missing += [prompt] * (given.rollouts - there[json.dumps(prompt)])
     if not missing:
         return
-    model, tokenizer = load_policy(given.model)
+    model, tokenizer = load_policy(given.model, given.chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if torch.cuda.is_available():

@@ -51,6 +51,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     what("--split", default="train_prefs", help="of a dataset on the hub")
     what("--n-prompts", type=int, default=5000, help="at most so many, drawn with the seed")
+    what("--chat-template", type=Path, help="a Jinja file, for a base model that has "
+        "none; kept with the trained policy")  # fmt: skip
     what("--system-prompt", help="for the policy, in front of every prompt (not in the paper)")
     what("--output", default="cme-run", help="folder for checkpoints")
     how = parser.add_argument_group("training").add_argument
@@ -123,7 +125,7 @@ def for_policy(prompts: list[Prompt], tokenizer: Any, system_prompt: str | None)
         if system_prompt or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(
                 f"{tokenizer.name_or_path!r} has no chat template for messages or a system prompt; "
-                "give prompts as plain texts, or a model with a template"
+                "give prompts as plain texts, a model with a template, or --chat-template FILE"
             )
         return Dataset.from_dict({"prompt": prompts})
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -138,13 +140,15 @@ def for_policy(prompts: list[Prompt], tokenizer: Any, system_prompt: str | None)
     return Dataset.from_list(rows)
 
 
-def load_policy(name: str) -> tuple[Any, Any]:
+def load_policy(name: str, chat_template: Path | None = None) -> tuple[Any, Any]:
     """Model and tokenizer; the model also stops where its chat template ends a turn.
 
     Base models with a template stop at their end of text only, and would go on to write the next
     turn.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     given = model.generation_config.eos_token_id
     stops = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id}
@@ -241,9 +245,9 @@ def main() -> None:
         config = configuration(None, [f"level={given.level}", *given.set])
         args, rewards = grpo_config(given), reward_options(given)
         prompts = prompts_of(given)
+        model, tokenizer = load_policy(given.model, given.chat_template)
     except (ConfigError, InputError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
-    model, tokenizer = load_policy(given.model)
     trainer = CMEGRPOTrainer(
         model,
         cme_reward_func(

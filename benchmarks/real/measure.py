@@ -69,8 +69,10 @@ def answered(model: str, rows: Sequence[Row], given: argparse.Namespace) -> list
     prompts, file = given.out / "prompts.jsonl", given.out / f"{file_name(model)}.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     script = str(ROOT / "adapters" / "trl" / "respond.py")
-    tokens = ("--response-tokens", str(given.tokens))
-    command = [sys.executable, script, "--model", model, "--prompts", str(prompts), *tokens]
+    how = ["--response-tokens", str(given.tokens)]
+    if given.chat_template:
+        how += ["--chat-template", str(given.chat_template)]
+    command = [sys.executable, script, "--model", model, "--prompts", str(prompts), *how]
     subprocess.run([*command, "--output", str(file)], check=True)
     made = {row["prompt"]: row for row in read_lines(file)}
     return [made[row["prompt"]] for row in rows]
@@ -190,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "`response` (a reference) and `meta` (IFEval's)")  # fmt: skip
     add("--n-prompts", type=int, help="the first so many; default: all")
     add("--judge", default="embedded", help="a spec of load_verifier: not the one trained against")
+    add("--chat-template", type=Path, help="of train.py, for a base model that has none")
     add("--tokens", type=int, default=128, help="most tokens of an answer")
     add("--out", type=Path, required=True, help="folder; what is there is not done again")
     given = parser.parse_args(arguments)
@@ -204,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = json.loads(file.read_text()) if file.is_file() else {}
         if kept.get("of") != key:
             loaded = TransformersVerifier.from_pretrained(model, dtype="float32")
+            if given.chat_template:
+                loaded.tokenizer.chat_template = given.chat_template.read_text(encoding="utf-8")
             kept = {"of": key, "measures": measured(loaded, rows, made, judge)}
             file.write_text(json.dumps(kept))
         measures[model] = kept["measures"]

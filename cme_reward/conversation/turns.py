@@ -248,13 +248,12 @@ def _stretches(part: _Part, split: Split, mode: str) -> Iterator[tuple[int, int,
     """
     assert part.ends is not None
     answers = [(0, len(part.text))] if mode == "score" else split.answers
-    starts_T = np.concatenate([part.ends[:1] * 0, part.ends[:-1]])
     first = 0
-    for n, (i, j) in enumerate(answers, 1):
-        last = len(answers) == n
-        stop = len(part.ends) if last else int(np.searchsorted(starts_T, WHOLE_CHAR * j))
+    for i, j in answers[:-1]:  # token t starts where the one before it ends
+        stop = int(np.searchsorted(part.ends[:-1], WHOLE_CHAR * j)) + 1
         yield first, stop, (i, j)
         first = stop
+    yield first, len(part.ends), answers[-1]
 
 
 def _segment(row: int, part: _Part, start: int, stop: int, at: tuple[int, int]) -> Segment:
@@ -303,6 +302,8 @@ def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 def _turn_end(ids: Int64, kinds: NDArray[np.uint8], eos_ids: set[int]) -> int | None:
     """The first EOS among the special tokens after the text (what follows it is padding)."""
+    if kinds.size and kinds[-1] != NO_TEXT:
+        return None
     with_text = np.flatnonzero(kinds != NO_TEXT)
     after = int(with_text[-1]) + 1 if with_text.size else 0
     return next((t for t, i in enumerate(ids[after:].tolist(), after) if i in eos_ids), None)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from cme_reward._ragged import Int64
+from cme_reward._ragged import Int64, row_offsets
 from cme_reward.errors import TokenizerError
 from cme_reward.spans.pieces import Pieces, gather
 from cme_reward.spans.utf8 import REPLACEMENT, WHOLE_CHAR, decode_bytes
@@ -28,8 +28,11 @@ def offset_spans(
     was removed is a hole.
     """
     ids = np.array(encoding.ids, dtype=np.int64)
+    data, n_bytes = _written(pieces, ids)
+    bounds = row_offsets(n_bytes).tolist()
     ends: list[int] = []
     holes: list[tuple[int, int]] = []
+    exact: list[int] = []  # tokens that together write their stretch, byte for byte
     groups = _overlapping_groups(encoding.offsets)
     limits = [*(start for _, _, start, _ in groups), len(text)][1:]
     done = 0  # characters placed so far
@@ -41,17 +44,47 @@ def offset_spans(
         done = stop if stop == limit else _with_joined(backend, text, stop, limit)
         if last - first == 1:
             ends.append(WHOLE_CHAR * done)
+        elif done == stop and data[bounds[first] : bounds[last]] == text[start:stop].encode():
+            exact += range(first, last)
+            ends += [WHOLE_CHAR * start] * (last - first)  # so far
         else:
-            width = WHOLE_CHAR * (done - start)
-            shares = _shares(pieces, ids[first:last], text[start:stop], width)
-            ends += (WHOLE_CHAR * start + shares).tolist()
+            ends += _by_weight(WHOLE_CHAR * start, WHOLE_CHAR * done, n_bytes[first:last])
     if done < len(text):
         holes.append((done, len(text)))
-    return (
-        ids,
-        np.array(ends, dtype=np.int64),
-        WHOLE_CHAR * np.array(holes, dtype=np.int64).reshape(-1, 2),
-    )
+    ends_S = np.array(ends, dtype=np.int64)
+    if pieces is not None and exact:
+        ends_S[exact] += _within_groups(pieces, ids, np.array(exact), ends_S)
+    return ids, ends_S, WHOLE_CHAR * np.array(holes, dtype=np.int64).reshape(-1, 2)
+
+
+def _written(pieces: Pieces | None, ids: Int64) -> tuple[bytes, Int64]:
+    """The bytes that the ids write, and how many each; nothing where that is not known."""
+    if pieces is None:
+        return b"", np.zeros(len(ids), dtype=np.int64)
+    raw, n_bytes = gather(pieces, ids)
+    return raw.tobytes(), n_bytes
+
+
+def _within_groups(pieces: Pieces, ids: Int64, at: Int64, starts_S: Int64) -> Int64:
+    """Right ends of the tokens `at`, each from its group's start.
+
+    A group's tokens write whole characters, so that all groups are read as one text.
+    """
+    raw, n_bytes = gather(pieces, ids[at])
+    _, positions, _ = decode_bytes(raw, n_bytes, pieces.is_byte[ids[at]], final=True)
+    ends = positions[np.cumsum(n_bytes)]
+    is_first = np.diff(starts_S[at], prepend=-1) > 0
+    before = np.append(0, ends[:-1])[is_first]
+    return ends - np.repeat(before, np.diff(np.append(np.flatnonzero(is_first), len(at))))
+
+
+def _by_weight(start: int, stop: int, n_bytes: Int64) -> list[int]:
+    """Right ends of tokens that share a stretch by the bytes they write.
+
+    An unknown token writes none, and yet stands for some of this text.
+    """
+    weights = np.cumsum(np.maximum(n_bytes, 1))
+    return (start + (stop - start) * weights // weights[-1]).tolist()
 
 
 def _overlapping_groups(offsets: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
@@ -84,19 +117,6 @@ def _with_joined(backend: Tokenizer, text: str, stop: int, limit: int) -> int:
     while normalizer and stop < limit and normalizer.normalize_str(text[stop]).strip():
         stop += 1
     return stop
-
-
-def _shares(pieces: Pieces | None, ids: Int64, text: str, width: int) -> Int64:
-    """Right ends of tokens within the stretch `[0, width)` that they write together."""
-    n_bytes = np.ones(len(ids), dtype=np.int64)
-    if pieces is not None:
-        raw, n_bytes = gather(pieces, ids)
-        if raw.tobytes() == text.encode() and width == WHOLE_CHAR * len(text):
-            _, positions, _ = decode_bytes(raw, n_bytes, pieces.is_byte[ids], final=True)
-            return positions[np.cumsum(n_bytes)]
-    # An unknown token writes no bytes, and yet stands for some of this text.
-    weights = np.cumsum(np.maximum(n_bytes, 1))
-    return width * weights // weights[-1]
 
 
 def incremental_spans(

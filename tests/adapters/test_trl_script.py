@@ -143,6 +143,20 @@ def test_the_policy_stops_at_the_end_of_its_turn(script: dict[str, Any], tmp_pat
     assert model.generation_config.eos_token_id == [1, 2]
 
 
+def test_a_base_model_is_given_a_template(script: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    tiny.policy().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "question.jinja"
+    file.write_text("{% for m in messages %}Question: {{ m.content }}<bos>{% endfor %}")
+    given = script["options"](["--chat-template", str(file)])
+    model, tokenizer = script["load_policy"](str(tmp_path), given.chat_template)
+    assert model.generation_config.eos_token_id == [1, 2]
+    (row,) = script["for_policy"](["a"], tokenizer, None)
+    assert tokenizer.apply_chat_template(row["prompt"], tokenize=False) == "Question: a<bos>"
+
+
 def test_it_trains(policy_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run"
     small = "--steps 2 --completions-per-update 8 --completions-at-once 4 --rollouts 4"

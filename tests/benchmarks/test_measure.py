@@ -69,11 +69,15 @@ def test_two_policies_from_end_to_end(
         with torch.no_grad():
             policy.get_input_embeddings().weight.mul_(scale)
         policy.save_pretrained(name)
-        tiny.tokenizer().save_pretrained(name)
+        bare = tiny.tokenizer()
+        bare.chat_template = None
+        bare.save_pretrained(name)
+    Path("template.jinja").write_text(tiny.tokenizer().chat_template)
     rows: list[dict[str, Any]] = [{"prompt": text} for text in tiny.QUESTIONS]
     rows[0]["response"] = "An answer by hand."
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = "--model before --model after --prompts prompts.jsonl --tokens 8 --out found"
+    command += " --chat-template template.jinja"
     measure.main(command.split())
     shown = capsys.readouterr().out
     assert "after, minus it" in shown
@@ -84,6 +88,7 @@ def test_two_policies_from_end_to_end(
     # By hand, in one pass of the model over each text.
     loaded = TransformersVerifier.from_pretrained("before", dtype="float32")
     tokenizer: Any = loaded.tokenizer
+    tokenizer.chat_template = tiny.tokenizer().chat_template
     model: Any = loaded.model
     end = CrossModelEntropy(loaded).members[0].format.end_of_turn
     assert end is not None

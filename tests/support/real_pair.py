@@ -25,11 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 MODELS = Path(__file__).resolve().parents[2] / "real-models"
 POLICY, VERIFIER = MODELS / "gemma-3-270m", MODELS / "SmolLM2-135M-Instruct"
 NEEDED = "python -m benchmarks.real.models"
-ASKED = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ 'Answer: ' if m.role == 'assistant' else 'Question: ' }}{{ m.content | trim }}\n"
-    "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
-)
+ASKED = (MODELS.parent / "benchmarks" / "real" / "question.jinja").read_text(encoding="utf-8")
 """A base model has no chat template; this one it answers to."""
 QUESTIONS = [
     "What is the capital of Italy?",
