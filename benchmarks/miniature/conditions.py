@@ -233,6 +233,7 @@ def _harder() -> list[Condition]:
         harder("sequence, rescaled by length", Candidate(shorter=1.0), **sequence),
         harder("TTRL", reward="ttrl"),
         harder("Evol-RL", reward="evol-rl"),
+        harder("format and length", reward="format-length"),
         harder("sequence, KL 0.01", kl=0.01, **sequence),
         harder("sequence, KL 0.1", kl=0.1, **sequence),
         harder("token, white space kept, KL 0.1", kl=0.1, **keep),

@@ -12,7 +12,7 @@ from benchmarks.miniature.candidates import Candidate
 from benchmarks.miniature.cast import CAPABILITIES, META_QUESTION, META_TEMPLATE, Cast
 from benchmarks.miniature.conditions import Condition
 from benchmarks.miniature.evaluate import text_of
-from benchmarks.miniature.tasks import grade
+from benchmarks.miniature.tasks import MAX_NEW, grade
 from cme_reward import CMEConfig, group_advantages
 from cme_reward.comparators import (
     MetaQuestion,
@@ -28,6 +28,7 @@ WHOLE: dict[str, Any] = {"answer": lambda text: text or None}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ttrl": WHOLE,
     "evol-rl": WHOLE,
+    "format-length": {"format": r"\S", "longest": MAX_NEW["long"]},
     "rlme": {"questions": [MetaQuestion(META_QUESTION)], "template": META_TEMPLATE},
 }
 PAPER: dict[str, Any] = {"whitespace": "mask"}

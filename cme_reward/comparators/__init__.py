@@ -13,6 +13,7 @@ from cme_reward.comparators.base import Comparator
 from cme_reward.comparators.controls import random_verifier, self_verifier, verifier_spec
 from cme_reward.comparators.em_rl import EMRLSequence, EMRLToken
 from cme_reward.comparators.evol_rl import EvolRL
+from cme_reward.comparators.format_length import FormatLength
 from cme_reward.comparators.intuitor import Intuitor
 from cme_reward.comparators.policy import PolicyStatistics, policy_statistics
 from cme_reward.comparators.rent import RENT
@@ -33,6 +34,7 @@ __all__ = [
     "EMRLSequence",
     "EMRLToken",
     "EvolRL",
+    "FormatLength",
     "Intuitor",
     "MetaQuestion",
     "PolicyStatistics",
@@ -54,6 +56,7 @@ REWARDS = {
     "intuitor": "self-certainty of the generator (arXiv 2505.19590)",
     "ttrl": "agreement with the majority of the rollouts (arXiv 2504.16084)",
     "evol-rl": "the same, and difference from the other rollouts (arXiv 2509.15194)",
+    "format-length": "a right format and a middling length (arXiv 2505.19439)",
     "rlme": "an evaluator's answers to questions about the response (arXiv 2601.21268)",
     "self": "control: cross-model entropy of the generator as it was before training",
     "random": "control: cross-model entropy of the verifier's architecture, untrained",
@@ -68,6 +71,7 @@ _OWN: dict[str, Callable[..., Comparator]] = {
     "intuitor": Intuitor,
     "ttrl": TTRL,
     "evol-rl": EvolRL,
+    "format-length": FormatLength,
 }
 
 
@@ -94,7 +98,7 @@ def load_reward(
         eos_token_ids: see `CrossModelEntropy`.
         device: where a verifier that is given by a spec or name is loaded, if in this process.
         options: keywords of the reward, such as `per_token` (RENT, EM-RL, INTUITOR), `answer`
-            (TTRL), `questions` (RLME), `seed` (random).
+            (TTRL), `format` (format-length), `questions` (RLME), `seed` (random).
 
     Raises:
         ConfigError: for an unknown name or option, or where a verifier or policy is missing.

@@ -112,6 +112,7 @@ _ELSEWHERE = {
     "intuitor": _DISTRIBUTIONS,
     "ttrl": _VOTE,
     "evol-rl": _VOTE,
+    "format-length": "is a function of the text alone, for the framework's own reward functions",
     "rlme": "asks the verifier questions about a response, which the shared verifier is not asked",
 }
 

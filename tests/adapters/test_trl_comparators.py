@@ -19,14 +19,20 @@ from cme_reward.trl import cme_reward_func
 
 pytestmark = pytest.mark.slow
 
-SCALARS = ["rent", "em-rl-token", "em-rl-sequence", "intuitor", "ttrl", "evol-rl", "rlme"]
+SCALARS = ["rent", "em-rl-token", "em-rl-sequence", "intuitor", "ttrl", "evol-rl", "format-length",
+           "rlme"]  # fmt: skip
 VOCABULARY = len(tiny.tokenizer())
 
 
 def options_of(name: str) -> dict[str, Any]:
     """Of rewards that need some; untrained rollouts hardly agree on an answer."""
     lengths = {"answer": tiny.text_length}
-    return {"ttrl": lengths, "evol-rl": lengths, "self": {"policy": tiny.policy()}}.get(name, {})
+    return {
+        "ttrl": lengths,
+        "evol-rl": lengths,
+        "format-length": {"format": "e.*e", "longest": 20, "best": 0.25},
+        "self": {"policy": tiny.policy()},
+    }.get(name, {})
 
 
 def train(made: Any) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
@@ -104,6 +110,14 @@ def scalar(name: str, group: list[dict[str, Any]], policy: Any, temperature: flo
     """The rewards of the rollouts of one prompt."""
     if name == "rlme":
         return [yes(row) for row in group]
+    if name == "format-length":
+        rewards = []
+        for row in group:
+            x = len(row["ids"]) / 20
+            share = 1 - (1 - 4 * x) ** 2 if x <= 0.25 else 1 - 2 * ((x - 0.25) / 0.75) ** 2
+            has = tiny.tokenizer().decode(row["ids"], skip_special_tokens=True).count("e") > 1
+            rewards.append(1 + share if has else min(0.0, share))
+        return rewards
     if name in ("ttrl", "evol-rl"):
         texts = [tiny.tokenizer().decode(r["ids"], skip_special_tokens=True) for r in group]
         votes = [tiny.text_length(text) for text in texts]

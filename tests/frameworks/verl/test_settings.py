@@ -36,6 +36,7 @@ REFUSED = [
     ({"reward.cme.samples": -1}, r"reward\.cme\.samples=-1; expected how many"),
     ({"reward.cme.reward": "ttrl"}, "reward='ttrl' is a vote over all rollouts"),
     ({"reward.cme.reward": "evol_rl"}, "reward='evol_rl' is a vote over all rollouts"),
+    ({"reward.cme.reward": "format-length"}, "reward='format-length' is a function of the text"),
     ({"reward.cme.reward": "rent"}, "reward='rent' is made of the policy's distributions"),
     ({"reward.cme": ["eos"]}, "expected keys and values"),
     (
