@@ -34,10 +34,10 @@ def report(
     - a folder of TensorBoard's events, as OpenRLHF writes them (needs `pip install tensorboard`)
     - JSON Lines, an object for each step: `{"step": 1, "cme/coverage": 1.0, ...}`
 
-    Looked for: lengths, repetition and entropy that drift, a spread that vanishes, text the
-    verifier did not score, a reward that is little but length. They compare the first tenth of a
-    run with the last. Samples that a trainer kept (the setting `samples`) are shown as heat maps,
-    and as the tokens they were rewarded for most and least.
+    Looked for: lengths, repetition and entropy that drift, responses that are cut off, a spread
+    that vanishes, text the verifier did not score, a reward that is little but length. They compare
+    the first tenth of a run with the last. Samples that a trainer kept (the setting `samples`) are
+    shown as heat maps, and as the tokens they were rewarded for most and least.
 
     **Exit status**: 0 no sign of trouble, 1 some, 2 error.
 

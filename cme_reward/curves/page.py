@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cme_reward.curves.read import Run, Series
 from cme_reward.curves.samples import Sample, shown
-from cme_reward.curves.signs import ENTROPY, LENGTH, ends, signs
+from cme_reward.curves.signs import CUT_OFF, ENTROPY, LENGTH, ends, signs
 from cme_reward.curves.tokens import LEAST, extremes
 from cme_reward.heatmap.pages import document, template
 from cme_reward.heatmap.render import render_html
@@ -128,7 +128,7 @@ def binned(series: Series) -> tuple[NDArray[np.float64], ...]:
 
 
 def _of_interest(name: str) -> bool:
-    return "cme/" in name or bool(re.search(f"{LENGTH}|{ENTROPY}", name))
+    return "cme/" in name or bool(re.search(f"{LENGTH}|{CUT_OFF}|{ENTROPY}", name))
 
 
 def _short(value: float) -> str:

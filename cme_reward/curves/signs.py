@@ -15,6 +15,7 @@ import numpy as np
 from cme_reward.curves.read import Run, Series
 
 LENGTH = r"(completions/mean_length|response_length(/mean)?)$"
+CUT_OFF = r"(completions/clipped_ratio|response_length/clip_ratio)$"
 ENTROPY = r"(^|/)entropy(_loss)?$"
 
 
@@ -44,6 +45,16 @@ def _length(series: Series) -> Iterator[str]:
     first, last = ends(series)
     if first > 0 and (last >= 1.5 * first or last <= first / 1.5):
         yield f"Responses went from {first:.3g} to {last:.3g} tokens. Read some of both ends."
+
+
+def _cut_off(series: Series) -> Iterator[str]:
+    _, last = ends(series)
+    if last >= 0.5:
+        yield (
+            f"{last:.0%} of the responses were cut off at the end: the policy hardly stops, and "
+            "what it would go on to is never judged. Allow longer ones, or show the verifier "
+            "answers that end (examples)."
+        )
 
 
 def _rises(by: float, says: str) -> Callable[[Series], Iterator[str]]:
@@ -101,6 +112,7 @@ WHITESPACE = (
 UNCLOSED = "Responses that end inside a thought went from {:.0%} to {:.0%}."
 RULES: list[tuple[str, Callable[[Series], Iterator[str]]]] = [
     (LENGTH, _length),
+    (CUT_OFF, _cut_off),
     (r"cme/repetition$", _rises(0.05, REPETITION)),
     (r"cme/whitespace$", _rises(0.1, WHITESPACE)),
     (ENTROPY, _entropy),

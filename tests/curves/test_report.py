@@ -88,13 +88,14 @@ def test_a_real_run_of_trl(tmp_path: Path) -> None:
     assert {f"cme/{name}" for name in METRICS} <= set(run.series)
     found = {chart(name, [run]).says != "" for name in run.series if name.startswith("cme/")}
     assert True in found
-    for pattern in ("completions/mean_length", "entropy"):
+    for pattern in ("completions/mean_length", "completions/clipped_ratio", "entropy"):
         assert any(re.search(rule, pattern) for rule, _ in RULES)
         assert pattern in run.series
 
 
 HEALTHY = {
     "completions/mean_length": [100, 110, 95, 120],
+    "completions/clipped_ratio": [1.0, 0.8, 0.5, 0.4],
     "cme/repetition": [0.02, 0.03, 0.04, 0.03],
     "cme/whitespace": [0.12, 0.15, 0.2, 0.21],
     "entropy": [2.0, 1.8, 1.6, 1.4],
@@ -108,6 +109,8 @@ HEALTHY = {
 ILL = {
     "completions/mean_length": ([100, 60, 20, 10], "from 100 to 10 tokens"),
     "response_length/mean": ([10, 12, 15, 16], "from 10 to 16 tokens"),
+    "completions/clipped_ratio": ([0.9, 1.0, 1.0, 1.0], "100% of the responses were cut off"),
+    "response_length/clip_ratio": ([0.1, 0.2, 0.5, 0.6], "60% of the responses were cut off"),
     "cme/repetition": ([0.02, 0.1, 0.2, 0.3], "from 2.0% to 30.0%"),
     "cme/whitespace": ([0.1, 0.2, 0.5, 0.8], "from 10% to 80%"),
     "actor/entropy": ([2.0, 1.0, 0.6, 0.5], "from 2 to 0.5 nats"),
