@@ -6,13 +6,20 @@ Nothing that scores text can be faster than encoding it, so the verifier tokeniz
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cme_reward import CrossModelEntropy, align_batch
+from cme_reward import CrossModelEntropy, SpanTable, align_batch, scoring
+from cme_reward import reward as reward_module
+from cme_reward.generator import Generator
+from cme_reward.scoring import MemberScorer
 
 PAIRS = ["llama -> qwen", "qwen -> gemma"]
 UNICODE = [f"{pair}, unicode" for pair in PAIRS]
@@ -148,4 +155,89 @@ def test_growth(
             f"{seconds[0] * 1e3:.2f} -> {seconds[-1] * 1e3:.1f} ms",
             f"linear: x {sizes[-1] / sizes[0]:,.0f}",
             f"x {seconds[-1] / seconds[0]:,.1f}, exponent {exponent:.2f}",
+        )
+
+
+class Stopwatch:
+    """Times of functions that call each other, each without those of the ones it calls."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inner: list[float] = []
+
+    def watched(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - start
+                self.seconds[part] += taken - self._inner.pop()
+                if self._inner:
+                    self._inner[-1] += taken
+
+        return timed
+
+
+PARTS = {
+    "ids and masks checked": (CrossModelEntropy, "_checked"),
+    "turns and thoughts found": (Generator, "segments"),
+    "ids decoded": (SpanTable, "decode_batch"),
+    "prompts rendered, or remembered": (MemberScorer, "_prompts"),
+    "texts proved and placed": (SpanTable, "encode_batch"),
+    "answers read": (MemberScorer, "read"),
+    "aligned": (scoring, "align_batch"),
+    "rewards, metrics, tensors": (reward_module, "assemble"),
+    "everything else": (CrossModelEntropy, "__call__"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_where_a_call_goes(
+    name: str,
+    corpora: dict[str, Any],
+    ratio_table: Any,
+    benchmark: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each part of `CrossModelEntropy`'s call without the parts it calls; all threads."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    corpus, watch = corpora[name], Stopwatch()
+    reward = CrossModelEntropy(
+        InstantVerifier(corpus.verifier.tokenizer), corpus.generator.tokenizer
+    )
+    for part, (owner, attribute) in PARTS.items():
+        monkeypatch.setattr(owner, attribute, watch.watched(part, getattr(owner, attribute)))
+    backend = SimpleNamespace(
+        encode_batch_fast=watch.watched(
+            "the verifier's tokenizer", reward.members[0].table._backend.encode_batch_fast
+        ),
+        encode_batch=reward.members[0].table._backend.encode_batch,
+    )
+    monkeypatch.setattr(reward.members[0].table, "_backend", backend)
+    prompts = [f"Question {b // 8}: what do you make of it?" for b in range(len(corpus.texts))]
+    rounds: list[dict[str, float]] = []
+
+    def call() -> None:
+        watch.seconds.clear()
+        started = time.perf_counter()
+        reward(prompts, corpus.generator_ids)
+        whole = time.perf_counter() - started
+        assert abs(sum(watch.seconds.values()) - whole) < 0.1 * whole
+        assert watch.seconds.keys() == {*PARTS, "the verifier's tokenizer"}
+        rounds.append(dict(watch.seconds))
+
+    benchmark.pedantic(call, rounds=9, warmup_rounds=1)
+    if benchmark.stats is None:
+        return
+    medians = {part: statistics.median(r[part] for r in rounds[1:]) for part in rounds[0]}
+    whole = sum(medians.values())
+    for part, seconds in sorted(medians.items(), key=lambda item: -item[1]):
+        ratio_table(
+            f"where a call goes: {name}",
+            part,
+            f"{seconds * 1e3:.1f} ms",
+            f"the call: {whole * 1e3:.1f} ms",
+            f"{seconds / whole:.3f}",
         )
