@@ -159,8 +159,8 @@ def load_policy(name: str, chat_template: Path | None = None) -> tuple[Any, Any]
     return model, tokenizer
 
 
-def grpo_config(given: argparse.Namespace) -> GRPOConfig:
-    """TRL's settings.
+def grpo_config(given: argparse.Namespace, scale: str = "std") -> GRPOConfig:
+    """TRL's settings, beside `CMEConfig(scale=...)`.
 
     Raises:
         ConfigError: if the completions of an update cannot be divided evenly, or for an unknown
@@ -186,6 +186,7 @@ def grpo_config(given: argparse.Namespace) -> GRPOConfig:
         "epsilon": given.clip,
         "beta": given.kl,
         "loss_type": given.loss,
+        "scale_rewards": "group" if scale == "std" else scale,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "report_to": "none",
@@ -243,25 +244,25 @@ def main() -> None:
     given = options()
     try:
         config = configuration(None, [f"level={given.level}", *given.set])
-        args, rewards = grpo_config(given), reward_options(given)
+        args, rewards = grpo_config(given, config.scale), reward_options(given)
         prompts = prompts_of(given)
         model, tokenizer = load_policy(given.model, given.chat_template)
+        trainer = CMEGRPOTrainer(
+            model,
+            cme_reward_func(
+                given.verifier,
+                tokenizer,
+                config,
+                reward=given.reward,
+                samples=given.samples,
+                **rewards,
+            ),
+            args,
+            for_policy(prompts, tokenizer, given.system_prompt),
+            processing_class=tokenizer,
+        )
     except (ConfigError, InputError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
-    trainer = CMEGRPOTrainer(
-        model,
-        cme_reward_func(
-            given.verifier,
-            tokenizer,
-            config,
-            reward=given.reward,
-            samples=given.samples,
-            **rewards,
-        ),
-        args,
-        for_policy(prompts, tokenizer, given.system_prompt),
-        processing_class=tokenizer,
-    )
     trainer.train(resume_from_checkpoint=given.resume or None)
     trainer.save_model()
 

@@ -101,6 +101,25 @@ def test_a_wrong_setting_ends_it_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
+@pytest.mark.parametrize(
+    ("scale", "named"), [("std", "group"), ("batch", "batch"), ("none", "none")]
+)
+def test_the_scale_is_said_once(script: dict[str, Any], scale: str, named: str) -> None:
+    args = script["grpo_config"](script["options"](["--precision", "fp32"]), scale)
+    assert args.scale_rewards == named
+
+
+def test_what_the_trainer_refuses_is_an_error(
+    script: dict[str, Any], policy_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--model", policy_folder, "--verifier", "embedded", "--precision", "fp32"]
+    arguments += ["--prompts", str(ROOT / "examples" / "gsm8k.jsonl"), "--set", "credit=return"]
+    arguments += ["--set", "scale=batch", "--trl", "scale_rewards=group"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit, match=r"^train\.py: GRPOConfig\(scale_rewards='group'\) would"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
 def test_an_update_is_divided_evenly(
     script: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
