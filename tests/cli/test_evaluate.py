@@ -371,7 +371,14 @@ def start(folder: Path, server: Server, file: Path) -> subprocess.Popen[str]:
     command += [str(file), "--judge", server.url, "--judge-model", "judge", "--concurrency", "4"]
     env = os.environ | {"PYTHONPATH": str(Path(cme_reward.__file__).parents[1])}
     return subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

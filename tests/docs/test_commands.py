@@ -82,9 +82,10 @@ def test_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", [name, *command.split()])
         runpy.run_path(str(SCRIPTS / name), run_name="__main__")
 
-    def own(command: str) -> None:
+    def own(command: str, status: int = 0) -> str:
         done = CliRunner().invoke(app, command.split())
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == status, done.output
+        return done.output
 
     asked = "--prompts prompts.jsonl --response-tokens 8"
     script(
@@ -101,7 +102,8 @@ def test_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "--completions-per-update 8 --completions-at-once 4 --rollouts 4 --trl "
         "gradient_checkpointing=no",
     )
-    own("report run --html report.html")
+    said = own("report run --html report.html", status=1)  # no answer ends within 8 tokens
+    assert said.count("run, ") == said.count("were cut off") == 1, said
     assert "cme/coverage" in Path("report.html").read_text()
     for model in ("policy", "run"):
         script("respond.py", f"--model {model} {asked} --output {model}.jsonl")
