@@ -74,6 +74,13 @@ class InstantVerifier:
         return [np.zeros(len(row), dtype=np.float32) for row in responses]
 
 
+def scorer(corpus: Any) -> tuple[CrossModelEntropy, list[str]]:
+    """A reward whose verifier takes no time, and a prompt for every eight responses."""
+    verifier = InstantVerifier(corpus.verifier.tokenizer)
+    prompts = [f"Question {b // 8}: what do you make of it?" for b in range(len(corpus.texts))]
+    return CrossModelEntropy(verifier, corpus.generator.tokenizer), prompts
+
+
 @pytest.mark.parametrize("threads", ["one thread", "all threads"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_whole_call(
@@ -87,10 +94,7 @@ def test_whole_call(
     """`CrossModelEntropy`: 8 rollouts a prompt, rendered prompts, masks, metrics and tensors."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", str(threads == "all threads").lower())
     corpus = corpora[name]
-    reward = CrossModelEntropy(
-        InstantVerifier(corpus.verifier.tokenizer), corpus.generator.tokenizer
-    )
-    prompts = [f"Question {b // 8}: what do you make of it?" for b in range(len(corpus.texts))]
+    reward, prompts = scorer(corpus)
     batch = reward(prompts, corpus.generator_ids)
     assert batch.mask.sum().item() > 0.5 * corpus.n_tokens
     assert batch.metrics["coverage"] == 1.0
@@ -204,9 +208,7 @@ def test_where_a_call_goes(
     """Each part of `CrossModelEntropy`'s call without the parts it calls; all threads."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     corpus, watch = corpora[name], Stopwatch()
-    reward = CrossModelEntropy(
-        InstantVerifier(corpus.verifier.tokenizer), corpus.generator.tokenizer
-    )
+    reward, prompts = scorer(corpus)
     for part, (owner, attribute) in PARTS.items():
         monkeypatch.setattr(owner, attribute, watch.watched(part, getattr(owner, attribute)))
     backend = SimpleNamespace(
@@ -216,7 +218,6 @@ def test_where_a_call_goes(
         encode_batch=reward.members[0].table._backend.encode_batch,
     )
     monkeypatch.setattr(reward.members[0].table, "_backend", backend)
-    prompts = [f"Question {b // 8}: what do you make of it?" for b in range(len(corpus.texts))]
     rounds: list[dict[str, float]] = []
 
     def call() -> None:

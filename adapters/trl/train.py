@@ -28,6 +28,7 @@ from cme_reward.comparators import REWARDS
 from cme_reward.conversation.format import PromptFormat
 from cme_reward.conversation.messages import as_messages, plain_content
 from cme_reward.trl import CMEGRPOTrainer, cme_reward_func
+from cme_reward.trl.checks import SCALES
 
 Prompt = str | list[dict[str, Any]]
 
@@ -186,7 +187,7 @@ def grpo_config(given: argparse.Namespace, scale: str = "std") -> GRPOConfig:
         "epsilon": given.clip,
         "beta": given.kl,
         "loss_type": given.loss,
-        "scale_rewards": "group" if scale == "std" else scale,
+        "scale_rewards": next(name for name, own in SCALES.items() if own == scale),
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "report_to": "none",
