@@ -49,8 +49,16 @@ def rank(
         str | None,
         flags.models(
             metavar="NAME_OR_PATH",
-            show_default="the verifier's own",
+            show_default="the policy's, or the verifier's own",
             help="Tokenizer of the model that wrote the responses. Needed for response_ids.",
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        flags.models(
+            metavar="NAME_OR_PATH",
+            help="The model that wrote the responses, for rewards made of what it says of them, "
+            "and for baseline=policy. Its log-probs are at temperature 1.",
         ),
     ] = None,
     padded_vocabulary: flags.PaddedVocabulary = False,
@@ -92,6 +100,15 @@ def rank(
             "settings that show the verifier the same.",
         ),
     ] = None,
+    rewards: Annotated[
+        list[str] | None,
+        flags.reward(
+            "--reward",
+            metavar="'NAME [KEY=VALUE ...]'",
+            help="Another reward to rank by, too: rent, em-rl-token, em-rl-sequence, intuitor, "
+            "ttrl, evol-rl, rlme, self, random, or 'format-length longest=512'. May be repeated.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         _output(
@@ -129,8 +146,8 @@ def rank(
     boilerplate).
 
     Scores of a verifier's log-probs: their mean (Eq. 3, the reward), their sum, and the mean of
-    the three lowest. Intervals are not corrected for the number of scores looked at: decide on
-    the first, and take the others for leads.
+    the three lowest. `--reward` adds rivals. Intervals are not corrected for the number of scores
+    looked at: decide on the first, and take the others for leads.
 
     **Exit status**: 0 every line was scored, 1 some were bad, 2 error, 130 interrupted.
 
@@ -143,8 +160,9 @@ def rank(
         from cme_reward.cli.fields import among, require_fields, require_label
         from cme_reward.cli.options import configuration, make_scorer
         from cme_reward.cli.rank_output import as_dict, show, views, write_rows
+        from cme_reward.cli.rank_rewards import Asked, Policy, controls, require_policy, rivals
         from cme_reward.cli.rank_rows import Response, preferences, responses
-        from cme_reward.cli.rank_scores import Reading, rank_batch
+        from cme_reward.cli.rank_scores import Reading, finish, rank_batch
         from cme_reward.ranking.ranked import MEAN
         from cme_reward.ranking.report import report
 
@@ -154,10 +172,17 @@ def rank(
             text: configuration(config, [*(settings or []), *shlex.split(text)])
             for text in ("", *(also or []))
         }
+        if generator_tokenizer is None:
+            generator_tokenizer = policy
+        asked = [Asked.read(text) for text in rewards or []]
+        based = any(one.baseline == "policy" for one in settled.values())
+        require_policy(policy, asked)
+        specs = {_short(spec, verifiers or []): spec for spec in verifiers or ["embedded"]}
+        others = controls(asked, next(iter(specs.values())), policy)
         source = stack.enter_context(open_input(file, err))
         require_fields(source, label, where or [], limit)
-        scorers, readings = [], []
-        for spec in verifiers or ["embedded"]:
+        scorers, readings = {}, []
+        for name, spec in [*specs.items(), *others]:
             with busy(err, quiet, f"Loading {spec}"):
                 scorer = make_scorer(
                     spec,
@@ -167,15 +192,20 @@ def rank(
                     verifier_options or [],
                     padded_vocabulary=padded_vocabulary,
                 )
-                readings.append(Reading.of(_short(spec, verifiers or []), scorer, settled))
+                under = settled if name in specs else {"": settled[""]}
+                readings.append(Reading.of(name, scorer, under))
             stack.callback(scorer.close)
-            scorers.append(scorer)
-        first = scorers[0]
+            scorers[name] = scorer
+        first = next(iter(scorers.values()))
+        needed = based or any(one.needs_statistics for one in asked)
+        with busy(err, quiet, f"Loading {policy if needed else 'other rewards'}"):
+            writer = Policy(policy, device) if policy and needed else None
+            beside = rivals(asked, {name: scorers[name] for name in specs})
         rows = responses(
             jsonl.read_rows(
                 source,
                 None if generator_tokenizer is None else first.generator.id_limit,
-                needs_policy=any(one.baseline == "policy" for one in settled.values()),
+                needs_policy=based and not policy,
                 split=preferences,
             ),
             label,
@@ -188,7 +218,9 @@ def rank(
             for batch in jsonl.batches(rows, batch_size):
                 bad = [one for one in batch if isinstance(one, jsonl.Bad)]
                 good = [one for one in batch if isinstance(one, Response)]
-                scored = rank_batch(readings, good, counts, end=append_eos)
+                scored = rank_batch(
+                    readings, good, counts, end=append_eos, rivals=beside, policy=writer
+                )
                 for response, one in zip(good, scored, strict=True):
                     if isinstance(one, jsonl.Bad):
                         bad.append(one)
@@ -207,7 +239,8 @@ def rank(
             raise InputError(f"{file} holds no response that could be scored; nothing to rank")
         require_label(kept, label, among(where or [], limit))
         with busy(err, quiet, "Drawing intervals"):
-            found = report(ranked, [f"{reading.name}: {MEAN}" for reading in readings])
+            finish(ranked, kept, beside, end=append_eos)
+            found = report(ranked, [f"{name}: {MEAN}" for name in specs])
         if output is not None:
             write_rows(output, found, kept, best=best)
         if html is not None:

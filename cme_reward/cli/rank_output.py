@@ -25,6 +25,7 @@ WORST_SHOWN = 10
 
 def show(report: Report, console: Console) -> None:
     """The report in a terminal; the verdict last, where it is read."""
+    from rich import box
     from rich.table import Column, Table
 
     labelled = sum(one.label is not None for one in report.ranked)
@@ -32,7 +33,8 @@ def show(report: Report, console: Console) -> None:
         f"{len(report.ranked):,} responses to {report.prompts:,} prompts, {labelled:,} labelled; "
         f"{len(report.pairs):,} pairs, {len(report.equal):,} of equal length"
     )
-    table = Table(*(Column(head, no_wrap="95" in head, overflow="fold") for head in HEADS))
+    heads = (Column(head, no_wrap="95" in head, overflow="fold") for head in HEADS)
+    table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for row in cells(report):
         table.add_row(*row)
     console.print(table)

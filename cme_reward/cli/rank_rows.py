@@ -13,6 +13,7 @@ from cme_reward.cli.jsonl import Bad, Good
 from cme_reward.errors import InputError
 
 if TYPE_CHECKING:
+    from cme_reward.comparators.policy import PolicyStatistics
     from cme_reward.spans.table import SpanTable
 
 
@@ -24,12 +25,15 @@ class Response(Good):
     """Responses of one group are compared: those to one prompt, or the two of a line."""
     label: float | None = None
     """Higher is better; None where nothing is known."""
+    said: PolicyStatistics | None = None
+    """What the model that wrote it says of its tokens, where that is asked."""
 
     def written(self, table: SpanTable) -> str:
         """As the generator's tokens write it, what an environment wrote included."""
         if self.response is not None:
             return self.response
-        return table.decode(self.response_ids or [])[0]
+        # Padding is no id, and of a padded vocabulary the last ones write nothing.
+        return table.decode([i for i in self.response_ids or [] if 0 <= i < table.vocab_size])[0]
 
 
 def responses(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cme_reward.cli.jsonl import Bad, Good, whole_file
 from cme_reward.conversation.messages import as_text
@@ -16,6 +16,11 @@ from cme_reward.errors import InputError
 if TYPE_CHECKING:
     from cme_reward.heatmap.render import ResponseView
     from cme_reward.reward import CrossModelEntropy
+    from cme_reward.spans.table import SpanTable
+
+
+T = TypeVar("T")
+Row = TypeVar("Row", bound=Good)
 
 
 @dataclass
@@ -34,7 +39,10 @@ class Scored:
 
 
 def score_rows(
-    scorer: CrossModelEntropy, rows: list[Good], counts: Counter[str], eos_id: int | None = None
+    scorer: CrossModelEntropy,
+    rows: Sequence[Good],
+    counts: Counter[str],
+    eos_id: int | None = None,
 ) -> Iterator[Scored | Bad]:
     """Score rows in one call; where that fails, in halves, until the row to blame stands alone.
 
@@ -44,28 +52,40 @@ def score_rows(
         counts: `truncated`, the responses that do not fit the verifier's context, is added to.
         eos_id: put after responses given as text. None: nothing is.
     """
+    return in_halves(rows, lambda part: _score(scorer, part, counts, eos_id))
+
+
+def in_halves(
+    rows: Sequence[Row], work: Callable[[Sequence[Row]], Sequence[T]]
+) -> Iterator[T | Bad]:
+    """What `work` makes of rows, one for each; where it fails, the row to blame is Bad."""
     try:
-        yield from _score(scorer, rows, counts, eos_id) if rows else ()
+        yield from work(rows) if rows else ()
     except Exception as error:  # whatever a template, a tokenizer or a model raises for one row
         if len(rows) == 1:
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             yield Bad(rows[0].line, f"{kind}{error}")
         else:
             half = len(rows) // 2
-            yield from score_rows(scorer, rows[:half], counts, eos_id)
-            yield from score_rows(scorer, rows[half:], counts, eos_id)
+            yield from in_halves(rows[:half], work)
+            yield from in_halves(rows[half:], work)
 
 
-def _score(
-    scorer: CrossModelEntropy, rows: list[Good], counts: Counter[str], eos_id: int | None
-) -> list[Scored]:
+def row_ids(table: SpanTable, rows: Sequence[Good], eos_id: int | None) -> list[list[int]]:
+    """The generator's ids of rows; `eos_id`, where there is one, behind those given as texts."""
     texts = [row.response for row in rows if row.response is not None]
-    encoded = iter(scorer.table.encode_batch(texts).ids)
+    encoded = iter(table.encode_batch(texts).ids)
     ending = [] if eos_id is None else [eos_id]
-    ids = [
+    return [
         next(encoded).tolist() + ending if row.response_ids is None else row.response_ids
         for row in rows
     ]
+
+
+def _score(
+    scorer: CrossModelEntropy, rows: Sequence[Good], counts: Counter[str], eos_id: int | None
+) -> list[Scored]:
+    ids = row_ids(scorer.table, rows, eos_id)
     batch = scorer(
         [row.prompt for row in rows],
         ids,

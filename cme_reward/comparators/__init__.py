@@ -39,6 +39,7 @@ __all__ = [
     "MetaQuestion",
     "PolicyStatistics",
     "call_reward",
+    "comparator_of",
     "final_answer",
     "load_reward",
     "needed_statistics",
@@ -64,7 +65,7 @@ REWARDS = {
 
 _ELSEWHERE = re.compile(r"(?:^|\+)\s*(?:vllm|sglang|python):")
 """Where they run is not ours to say."""
-_OWN: dict[str, Callable[..., Comparator]] = {
+_OWN: dict[str, type[Comparator]] = {
     "rent": RENT,
     "em-rl-token": EMRLToken,
     "em-rl-sequence": EMRLSequence,
@@ -131,6 +132,11 @@ def load_reward(
     elif options:
         raise ConfigError(f"{sorted(options)}: no options of a verifier that is loaded already")
     return CrossModelEntropy(named, generator_tokenizer, config, eos_token_ids=eos_token_ids)
+
+
+def comparator_of(name: str) -> type[Comparator] | None:
+    """The class of a reward of `REWARDS`; None where it is a `CrossModelEntropy`."""
+    return RLME if name == "rlme" else _OWN.get(name)
 
 
 def needed_statistics(reward: Any) -> tuple[str, ...]:
