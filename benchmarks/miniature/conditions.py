@@ -171,6 +171,22 @@ def _screen() -> list[Condition]:
     ]  # fmt: skip
 
 
+def _claims() -> list[Condition]:
+    """The paper's settings, over twice the usual updates, without the cosine."""
+
+    def twice(name: str, **config: Any) -> Condition:
+        return Condition(f"claims: {name}", config=config, steps=200, cosine=False, every=50)
+
+    return [
+        twice("token"),
+        twice("sequence", level="sequence"),
+        twice("token, EOS masked", eos="mask"),
+        twice("token, eps 1e-4", eps=1e-4),
+        twice("token, not divided", scale="none"),
+        twice("token, policy baseline", baseline="policy"),
+    ]
+
+
 MIDDLING = "verifier-3"
 """Of the long half: right in two cases of three."""
 LONG_LR = 1e-4
@@ -251,8 +267,9 @@ GROUPS: dict[str, list[Condition]] = {
     "lessons": _lessons(),
     "horizon": _horizon(),
     "screen": _screen(),
+    "claims": _claims(),
     "harder": _harder(),
 }
-STUDY = ("horizon", "screen", "harder")
+STUDY = ("horizon", "screen", "claims", "harder")
 """Groups that take hours: only where they are asked for."""
 CONDITIONS: dict[str, Condition] = {c.name: c for group in GROUPS.values() for c in group}

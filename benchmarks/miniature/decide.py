@@ -53,6 +53,13 @@ PAIRS = {
         ("return, policy baseline", "return"),
         ("return, policy baseline, white space kept", "return, policy baseline"),
     ),
+    "claims": (
+        ("sequence", "token"),
+        ("token, EOS masked", "token"),
+        ("token, eps 1e-4", "token"),
+        ("token, not divided", "token"),
+        ("token, policy baseline", "token"),
+    ),
     "harder": (
         ("sequence", "token"),
         ("return", "token"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.miniature import decide, pictures, summary
+from benchmarks.miniature.conditions import STUDY
 from benchmarks.miniature.runs import World
 
 COLUMNS = (
@@ -35,6 +36,7 @@ TITLES = {
     "lessons": "More training: eps, EOS and returns-to-go",
     "horizon": "Ten times the updates: what a token is credited with",
     "screen": "Twice the updates: candidates",
+    "claims": "Twice the updates: the paper's settings",
     "harder": "Long answers, a middling verifier",
 }
 DECIDED = (
@@ -90,7 +92,7 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
         parts.append(("What the rewards prefer", text, ranked))
     rows = found["rows"]
     for group, names in found["groups"].items():
-        drifts = group in ("lessons", "horizon", "screen", "harder")
+        drifts = group == "lessons" or group in STUDY
         bases = [] if drifts else [n for n in summary.BASES.values() if n in rows]
         chosen = [n for n in bases if group == "regimes" or n == "base"] + names
         if group == "harder" and names:
