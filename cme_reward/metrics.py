@@ -23,33 +23,84 @@ class Metric(NamedTuple):
     """How those of single responses make one: over all their rewarded tokens, their mean, their
     sum; or not at all, since it compares responses."""
     meaning: str
+    worry: str = ""
+    """When to worry; empty where it says nothing by itself."""
 
 
 METRICS = {
     "token_reward_mean": Metric("nats", "tokens", "mean reward of the tokens that have one"),
-    "token_reward_std": Metric("nats", "tokens", "sample standard deviation of these rewards"),
-    "sequence_reward_mean": Metric("nats", "batch", "mean sequence reward (Eq. 3)"),
+    "token_reward_std": Metric(
+        "nats", "tokens", "sample standard deviation of these rewards", worry="it goes to 0"
+    ),
+    "sequence_reward_mean": Metric(
+        "nats", "batch", "mean sequence reward (Eq. 3)", worry="it rises while repetition rises"
+    ),
     "coverage": Metric(
         "share",
         "mean",
         "of tokens with text other than white space, those all of whose text the verifier scored",
+        worry="below 0.99",
     ),
-    "dropped_nats": Metric("nats", "mean", "a response's surprise that lies on masked tokens"),
+    "dropped_nats": Metric(
+        "nats",
+        "mean",
+        "a response's surprise that lies on masked tokens",
+        worry="it is most of the surprise",
+    ),
     "verifier_tokens_per_token": Metric(
         "tokens", "mean", "verifier tokens, end of turn included, per sampled token"
     ),
-    "truncated": Metric("responses", "sum", "responses that the verifier's context did not hold"),
-    "repetition": Metric("share", "mean", "of a response's 4-grams, those that it had before"),
-    "whitespace": Metric("share", "mean", "of a response's tokens, those of white space only"),
-    "length_correlation": Metric(
-        "-1 to 1", "batch", "Pearson correlation of sequence reward and length; 0 without a spread"
+    "truncated": Metric(
+        "responses", "sum", "responses that the verifier's context did not hold", worry="above 0"
     ),
-    "special_masked": Metric("tokens", "mean", "special tokens inside a response, left out"),
+    "repetition": Metric(
+        "share",
+        "mean",
+        "of a response's 4-grams, those that it had before",
+        worry="above the untrained policy's",
+    ),
+    "whitespace": Metric(
+        "share",
+        "mean",
+        "of a response's tokens, those of white space only",
+        worry="it rises under whitespace=mask",
+    ),
+    "length_correlation": Metric(
+        "-1 to 1",
+        "batch",
+        "Pearson correlation of sequence reward and length; 0 without a spread",
+        worry="it stays near 1 or -1",
+    ),
+    "special_masked": Metric(
+        "tokens", "mean", "special tokens inside a response, left out", worry="above 0"
+    ),
     "thinking_tokens": Metric("tokens", "mean", "tokens of a response's thoughts, tags included"),
-    "thinking_unclosed": Metric("share", "mean", "responses that end inside a thought"),
+    "thinking_unclosed": Metric(
+        "share", "mean", "responses that end inside a thought", worry="it rises"
+    ),
     "verifier_seconds": Metric("s", "sum", "in the verifier, or waiting for it"),
     "alignment_seconds": Metric("s", "sum", "in everything else"),
 }
+
+
+OF_TRAINERS = {
+    "credited": Metric(
+        "share",
+        "tokens",
+        "of the sampled tokens, those with an advantage other than 0",
+        worry="it falls: rollouts agree, or few are as long",
+    ),
+    "scored": Metric(
+        "share", "tokens", "of the sampled tokens, those with a reward", worry="it falls"
+    ),
+    "responses": Metric(
+        "responses",
+        "sum",
+        "scored since the last step",
+        worry="not batch times rollouts: some failed, see the log",
+    ),
+}
+"""What adapters log beside these, of their own."""
 
 
 def names(*over: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from cme_reward.curves.signs import CUT_OFF, ENTROPY, LENGTH, ends, signs
 from cme_reward.curves.tokens import LEAST, extremes
 from cme_reward.heatmap.pages import document, template
 from cme_reward.heatmap.render import render_html
-from cme_reward.metrics import METRICS
+from cme_reward.metrics import METRICS, OF_TRAINERS
 
 WIDTH, HEIGHT = 300, 110
 BINS = 300
@@ -38,6 +38,8 @@ class Chart:
     name: str
     says: str
     """What the metric means; empty where it is not one of ours."""
+    worry: str
+    """When to worry, where that is known."""
     lines: list[Line | None]
     low: float
     high: float
@@ -107,9 +109,10 @@ def chart(name: str, runs: Sequence[Run]) -> Chart:
             around = np.concatenate([steps, steps[::-1]])
             band = points(around, np.concatenate([lowest, highest[::-1]]))
         lines.append(Line(points(steps, mean), band, *ends(series)))
-    metric = METRICS.get(name.rpartition("cme/")[2]) if "cme/" in name else None
-    says = f"{metric.meaning} ({metric.unit})" if metric else ""
-    return Chart(name, says, lines, low, high, to)
+    known_as = (METRICS | OF_TRAINERS).get(name.rpartition("cme/")[2]) if "cme/" in name else None
+    says = f"{known_as.meaning} ({known_as.unit})" if known_as else ""
+    worry = known_as.worry if known_as else _worry(name)
+    return Chart(name, says, worry, lines, low, high, to)
 
 
 def binned(series: Series) -> tuple[NDArray[np.float64], ...]:
@@ -127,8 +130,20 @@ def binned(series: Series) -> tuple[NDArray[np.float64], ...]:
     )
 
 
+OF_POLICIES = {
+    LENGTH: "it grows or shrinks by half",
+    CUT_OFF: "it is above a half",
+    ENTROPY: "it halves",
+}
+"""When to worry about what trainers log of any policy: see `signs`."""
+
+
+def _worry(name: str) -> str:
+    return next((worry for metric, worry in OF_POLICIES.items() if re.search(metric, name)), "")
+
+
 def _of_interest(name: str) -> bool:
-    return "cme/" in name or bool(re.search(f"{LENGTH}|{CUT_OFF}|{ENTROPY}", name))
+    return "cme/" in name or bool(_worry(name))
 
 
 def _short(value: float) -> str:

@@ -98,7 +98,8 @@ def load_settings(level: Level = "token", environ: Mapping[str, str] | None = No
         values |= _read_file(environ[FILE])
     values |= read_environment(_KINDS, PREFIX, environ)
     reward = str(values.get("reward", "cme"))
-    if reward != "cme" and (values.get("verifier") or reward == "self"):
+    # Of the rewards that are refused, what is said does not depend on a verifier.
+    if reward != "cme" and (values.get("verifier") or reward != "random"):
         policy = values.get("generator_tokenizer")
         if reward == "self" and not policy:
             raise ConfigError(

@@ -106,7 +106,8 @@ class RewardSettings:
         hosted = config["reward"]["reward_model"]["enable"]
         verifier = given.get("verifier") or ("hosted" if hosted else None)
         reward = str(given.get("reward") or "cme")
-        if verifier or reward == "self":
+        # Of the rewards that are refused, what is said does not depend on a verifier.
+        if verifier or reward not in ("cme", "random"):
             policy = str(config["actor_rollout_ref"]["model"]["path"])
             # Here: this module is in every process, and comparators bring models' code.
             from cme_reward.comparators import verifier_spec

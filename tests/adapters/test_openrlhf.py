@@ -149,8 +149,13 @@ def test_the_controls_are_verifiers() -> None:
     for name in set(REWARDS) - {"cme", "random", "self"}:
         with pytest.raises(ConfigError, match=f"reward='{name}' .*train.py --reward {name}"):
             verifier(name, CME_VERIFIER="hf:v")
-    with pytest.raises(ConfigError, match="unknown reward 'rant'"):
-        verifier("rant", CME_VERIFIER="hf:v")
+        with pytest.raises(ConfigError, match=f"reward='{name}' "):
+            verifier(name)  # not that a verifier is missing
+    for more in ({}, {"CME_VERIFIER": "hf:v"}):
+        with pytest.raises(ConfigError, match="unknown reward 'rant'"):
+            verifier("rant", **more)
+    with pytest.raises(ConfigError, match="no verifier is named"):
+        verifier("random")
 
 
 def test_ray_is_not_told_the_api_key() -> None:

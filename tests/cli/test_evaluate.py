@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -384,26 +385,35 @@ def start(folder: Path, server: Server, file: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_asks_nothing_twice(server: Server, folder: Path) -> None:
-    file = write(folder / "all.jsonl", answers([f"prompt {k}" for k in range(60)]))
-    server.at_first = 15
+    """Of a judge that also misbehaves: but for what it had not answered, of each once."""
+    kinds = [("fine", "busy", "nonsense", "refuse")[k % 4] for k in range(58)] + ["hang"] * 2
+    file = write(folder / "all.jsonl", answers([f"{kind} {k}" for k, kind in enumerate(kinds)]))
+    server.at_first = 25
     judgments = folder / "evaluation" / "judgments.jsonl"
     with start(folder, server, file) as process:
-        until(lambda: judgments.is_file() and judgments.read_text().count("\n") == 15)
-        until(lambda: server.asked.total() == 15 + 4)
+        until(lambda: server.asked.total() == 25 + 4)
+        until(lambda: judgments.is_file() and judgments.read_text().count("\n") == server.answered)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    server.more.set()
     before = journal(folder)
-    assert len(before) == 15
+    assert 15 < len(before) == server.answered
+    server.more.set()
     with judgments.open("a") as file_of_judgments:
         file_of_judgments.write('{"key": "abc", "verdi')  # torn
-    evaluate(file, "--judge", server.url, "--judge-model", "judge", "--concurrency", 4)
+    judge = ("--judge", server.url, "--judge-model", "judge", "--concurrency", 4)
+    evaluate(file, *judge, "--timeout", 0.5, "--retries", 1, status=1)
     after = journal(folder)
     assert after[: len(before)] == before
     assert len(after) == len({line["key"] for line in after}) == 60
     assert len(server.asked) == 60
-    assert server.asked.total() == 60 + 4  # those under way when it was killed
-    assert found(folder)["results"][0]["wins"] == 60
+    # Neither a 429 nor silence is an answer: what met one is asked twice anyway.
+    retried = {text: "busy" in text or "hang" in text for text in server.asked}
+    again = {text: n - 1 - retried[text] for text, n in server.asked.items()}
+    assert sum(n == 1 for n in again.values()) <= 4  # those under way when it was killed
+    assert max(again.values()) <= 1
+    (row,) = found(folder)["results"]
+    assert (row["wins"], row["ties"], row["losses"]) == (30, 0, 0)
+    assert (row["unreadable"], row["failed"]) == (28, 2)
 
 
 @pytest.mark.slow
@@ -470,6 +480,10 @@ def test_alpaca_evals_preferences_give_about_the_rates_of_its_leaderboard(folder
             (row["length_controlled_win_rate"], "lb_lc_win_rate"),
         ):
             assert low - 0.02 < of[name] / 100 < high + 0.02, (row, name)
+        wins = [r["meta"]["prefs"]["weighted_alpaca_eval_gpt4_turbo"] for r in rows
+                if r["model"] == row["model"]]  # fmt: skip
+        by_hand = statistics.fmean(p["p_win"] for p in wins if p is not None)
+        assert row["win_rate"][0] == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_wrong_input_is_named(folder: Path) -> None:

@@ -134,6 +134,12 @@ def test_every_metric_is_defined_once_and_in_the_docs() -> None:
     table = (ROOT / "docs" / "metrics.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, flags=re.M)
     assert dict(rows) == {name: metric.unit for name, metric in METRICS.items()}
+    worries = re.findall(r"^\| `(\w+)` \| .* \| ([^|]*) ?\|$", table, flags=re.M)
+    assert {name for name, _ in worries} >= set(METRICS)
+    for name, worry in worries:
+        if name in METRICS:  # the page adds links
+            assert re.sub(r'[`"]', "", worry).startswith(METRICS[name].worry), name
+            assert bool(worry.strip()) == bool(METRICS[name].worry), name
 
 
 @pytest.mark.parametrize("ensemble", [False, True])

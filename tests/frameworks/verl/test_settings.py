@@ -38,6 +38,8 @@ REFUSED = [
     ({"reward.cme.reward": "evol_rl"}, "reward='evol_rl' is a vote over all rollouts"),
     ({"reward.cme.reward": "format-length"}, "reward='format-length' is a function of the text"),
     ({"reward.cme.reward": "rent"}, "reward='rent' is made of the policy's distributions"),
+    ({"reward.cme": {"reward": "rent"}}, "reward='rent' is made of"),
+    ({"reward.cme": {"reward": "random"}}, r"reward\.cme\.verifier is not set"),
     ({"reward.cme": ["eos"]}, "expected keys and values"),
     (
         {"reward.cme.baseline": "policy", "actor_rollout_ref.rollout.calculate_log_probs": False},
