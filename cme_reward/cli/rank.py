@@ -149,7 +149,8 @@ def rank(
     the three lowest. `--reward` adds rivals. Intervals are not corrected for the number of scores
     looked at: decide on the first, and take the others for leads.
 
-    **Exit status**: 0 every line was scored, 1 some were bad, 2 error, 130 interrupted.
+    **Exit status**: 0 every line was scored, 1 some were bad, 2 error, 3 all were scored, and the
+    worse responses have the higher scores (STOP), 130 interrupted.
 
     **Example**: `cme-reward rank rollouts.jsonl --label is_correct --verifier
     hf:google/gemma-3-1b-it --also eos=mask --html rank.html`
@@ -264,7 +265,7 @@ def rank(
         for path in (output, html):
             if path is not None and not quiet:
                 say(err, f"wrote {path}")
-    raise typer.Exit(1 if counts["bad"] else 0)
+    raise typer.Exit(1 if counts["bad"] else 3 if found.prefers_worse else 0)
 
 
 def _short(spec: str, others: list[str]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cme_reward.cli.jsonl import Good, whole_file
 from cme_reward.cli.rank_rows import Response
@@ -24,7 +26,7 @@ WORST_SHOWN = 10
 
 
 def show(report: Report, console: Console) -> None:
-    """The report in a terminal; the verdict last, where it is read."""
+    """The report in a terminal; the first verdict last, where it is read."""
     from rich import box
     from rich.table import Column, Table
 
@@ -48,7 +50,8 @@ def show(report: Report, console: Console) -> None:
                       markup=False)  # fmt: skip
     for warning in report.warnings:
         console.print(warning, style="yellow", markup=False)
-    console.print(report.verdict, style=f"bold {report.colour}", markup=False)
+    for verdict in reversed(report.verdicts):
+        console.print(verdict.text, style=f"bold {verdict.colour}", markup=False)
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -78,8 +81,24 @@ def as_dict(report: Report) -> dict[str, Any]:
             {"verifiers": [a, b], "share": number(share), "pairs": n}
             for a, b, share, n in report.agreement
         ],
+        "by_length": [
+            {"better_is": name, "pairs": n, "accuracy": [number(x) for x in accuracy]}
+            for name, n, accuracy in report.by_length
+        ],
+        "risk_coverage": _risk_coverage(report),
         "warnings": report.warnings,
-        "verdict": {"colour": report.colour, "text": report.verdict},
+        "verdict": asdict(report.verdict),
+        "other_verdicts": [asdict(one) for one in report.verdicts[1:]],
+    }
+
+
+def _risk_coverage(report: Report) -> dict[str, list[float]]:
+    """Share of pairs that are wrong, of each tenth of them with the widest margins and more."""
+    coverage, risk = report.risk_coverage
+    at = np.unique(np.searchsorted(coverage, np.arange(1, 11) / 10 - 1e-9)) if len(risk) else []
+    return {
+        "coverage": [round(float(coverage[k]), 6) for k in at],
+        "risk": [round(float(risk[k]), 6) for k in at],
     }
 
 

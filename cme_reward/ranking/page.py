@@ -8,7 +8,6 @@ import numpy as np
 
 from cme_reward.heatmap.pages import template
 from cme_reward.heatmap.render import ResponseView, render_html
-from cme_reward.ranking import statistics
 from cme_reward.ranking.report import Report
 
 HEADS = (
@@ -47,16 +46,14 @@ def render(report: Report, views: Sequence[ResponseView], *, title: str, verifie
         verifier: who reads.
         generator: whose tokens are shown.
     """
-    first = report.scores(report.columns[0].name)
-    coverage, risk = statistics.risk_coverage(report.pairs, first)
+    coverage, risk = report.risk_coverage
     at = np.unique(np.linspace(0, max(len(risk) - 1, 0), min(POINTS, len(risk))).astype(int))
-    lengths = np.array([one.tokens for one in report.ranked], dtype=float)
     above = template("cme_reward.ranking").render(
         report=report,
         heads=HEADS,
         rows=cells(report),
         curve=" ".join(f"{40 + 350 * coverage[k]:.1f},{200 - 190 * risk[k]:.1f}" for k in at),
-        lengths=statistics.by_length(report.pairs, first, lengths),
+        lengths=report.by_length,
         shown="The pairs it gets most wrong" if report.pairs else "The first prompts",
     )
     return render_html(

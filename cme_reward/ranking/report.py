@@ -37,6 +37,14 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether to train with a score."""
+
+    colour: Colour
+    text: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What a file says about the scores of its responses."""
 
@@ -52,8 +60,29 @@ class Report:
     agreement: list[tuple[str, str, float, int]]
     """Two verifiers' means: the share of pairs that both put the same way, and how many pairs."""
     warnings: list[str]
-    colour: Colour
-    verdict: str
+    verdicts: list[Verdict]
+    """On the first score, and on those of the other verifiers."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """On the first score."""
+        return self.verdicts[0]
+
+    @property
+    def prefers_worse(self) -> bool:
+        """Whether the first score decidedly puts worse responses first."""
+        return self.columns[0].accuracy.high < 0.5
+
+    @property
+    def by_length(self) -> list[tuple[str, int, Estimate]]:
+        """The first score's accuracy by the length of the better response, see `statistics`."""
+        lengths = np.array([one.tokens for one in self.ranked], dtype=float)
+        return statistics.by_length(self.pairs, self.scores(self.columns[0].name), lengths)
+
+    @property
+    def risk_coverage(self) -> tuple[Float64, Float64]:
+        """The first score's risk against coverage, see `statistics`."""
+        return statistics.risk_coverage(self.pairs, self.scores(self.columns[0].name))
 
     @property
     def prompts(self) -> int:
@@ -103,11 +132,13 @@ def report(ranked: list[Ranked], verifiers: Sequence[str] = ()) -> Report:
         )
     first = columns[0].name
     _, drawn, best = statistics.best_of_n(groups, labels, _scores(ranked, first))
-    colour, verdict = _verdict(ranked, pairs, columns[0])
+    judged = columns[:1]
+    if len(pairs):
+        judged += [c for c in columns[1:] if c.name in verifiers]
     return Report(
         ranked, pairs, equal, columns, drawn, best,
         _agreement(ranked, verifiers),
-        _warnings(ranked, first), colour, verdict,
+        _warnings(ranked, first), [_verdict(ranked, pairs, column) for column in judged],
     )  # fmt: skip
 
 
@@ -115,40 +146,46 @@ def _scores(ranked: Sequence[Ranked], name: str) -> Float64:
     return np.array([one.scores[name] for one in ranked])
 
 
-def _verdict(ranked: list[Ranked], pairs: Pairs, column: Column) -> tuple[Colour, str]:
+def _verdict(ranked: list[Ranked], pairs: Pairs, column: Column) -> Verdict:
     accuracy, equal = column.accuracy, column.equal_length
     n = len(np.unique(pairs.group))
     if not len(pairs):
-        return "yellow", (
+        return Verdict(
+            "yellow",
             "No verdict: no two responses to one prompt have different labels (--label FIELD names "
-            "the field that tells good from bad)."
+            "the field that tells good from bad).",
         )
     said = f"{column.name} puts the better response first in {accuracy.value:.0%} of {len(pairs):,}"
     said += f" pairs ({accuracy.low:.0%} to {accuracy.high:.0%}, {n:,} prompts)"
     if accuracy.high < 0.5:
-        return "red", (
+        return Verdict(
+            "red",
             f"STOP. {said}: it prefers the WORSE responses. Training with it as a reward would "
-            "teach them. Try another verifier, or another score of the table."
+            "teach them. Try another verifier, or another score of the table.",
         )
     if accuracy.low <= 0.5:
-        return "red", (
+        return Verdict(
+            "red",
             f"NOT SHOWN. {said}: no better than chance, as far as these prompts can tell. Try a "
-            "stronger verifier, or more prompts."
+            "stronger verifier, or more prompts.",
         )
     length = statistics.difference(pairs, _scores(ranked, column.name), _scores(ranked, SHORTER))
     if length.low <= 0:
-        return "yellow", (
+        return Verdict(
+            "yellow",
             f"DOUBTFUL. {said}, but this is not decidedly more than choosing the shorter one does "
-            f"(difference {length})."
+            f"(difference {length}).",
         )
     if not equal.low > 0.5:
-        return "yellow", (
+        return Verdict(
+            "yellow",
             f"DOUBTFUL. {said}, but among responses of equal length it is {equal}: it may be their "
-            "lengths that are ranked."
+            "lengths that are ranked.",
         )
-    return "green", (
+    return Verdict(
+        "green",
         f"It ranks. {said}, and {equal} at equal length. Whether training with it helps is another "
-        "question: a policy finds what no file holds."
+        "question: a policy finds what no file holds.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import json
 import shlex
 import subprocess
@@ -119,10 +120,10 @@ def test_labels_pairs_and_the_verdict() -> None:
     assert scores["embedded: mean (Eq. 3)"]["auroc"] == 0.75  # "Hello" is below "7 xq"
     assert report["random_of_n"] == 0.5
     upside_down = [{**row, "meta": {"right": not row["meta"].get("right")}} for row in ROWS[:4]]
-    report = found("--label", "meta.right", rows=upside_down)
+    report = found("--label", "meta.right", rows=upside_down, status=3)
     assert report["verdict"]["colour"] == "red"
     assert "WORSE" in report["verdict"]["text"]
-    shown = run("-", "--label", "meta.right", stdin=lines(upside_down))
+    shown = run("-", "--label", "meta.right", stdin=lines(upside_down), status=3)
     assert "STOP" in shown.stdout
 
 
@@ -178,6 +179,12 @@ def test_verifiers_beside_each_other_and_the_page(tmp_path: Path) -> None:
         "--verifier", "embedded", "--verifier", f"random:{embedded}", "--label", "meta.right",
         "--html", page,
     )  # fmt: skip
+    assert report["verdict"]["text"].split(": ")[0].endswith("embedded")
+    (other,) = report["other_verdicts"]
+    assert "random:embedded: mean (Eq. 3) puts the better response first" in other["text"]
+    assert other["text"] in html.unescape(page.read_text())
+    assert [part["pairs"] for part in report["by_length"]] == [0, 1, 1, 0, 0]
+    assert report["risk_coverage"] == {"coverage": [0.5, 1.0], "risk": [0.0, 0.0]}
     (agreement,) = report["agreement"]
     assert agreement["pairs"] == 4  # of 2 and 3 responses
     assert agreement["verifiers"][1].startswith("random:embedded")

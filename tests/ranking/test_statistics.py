@@ -140,7 +140,8 @@ def ranked(rows: list[tuple[int, float, float, int]]) -> list[Ranked]:
 )  # fmt: skip
 def test_the_verdict(rows: list[Any], colour: str, says: str) -> None:
     found = report(ranked(rows))
-    assert (found.colour, says in found.verdict) == (colour, True), found.verdict
+    assert (found.verdict.colour, says in found.verdict.text) == (colour, True), found.verdict
+    assert found.prefers_worse == ("STOP" in found.verdict.text)
 
 
 def test_warnings_need_no_label() -> None:
