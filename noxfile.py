@@ -66,28 +66,42 @@ def oldest(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """What a release would be: built, installed from the wheel alone, and used far from the source.
 
-    dist/ then holds sdist and wheel.
+    dist/ then holds the sdist, and the wheel that was built from it.
     """
     shutil.rmtree("dist", ignore_errors=True)
     session.install("build>=1.2")
     session.run("python", "-m", "build", "--outdir", "dist", ".")
     (wheel,) = Path("dist").glob("*.whl")
     session.install("-c", "constraints.txt", "torch")
-    session.install("-c", "constraints.txt", str(wheel.resolve()))
-    rows = Path("examples/gsm8k.jsonl").resolve()
+    wheel = f"{wheel.resolve()}[serve]"
+    session.install("-c", "constraints.txt", wheel)
+    session.install("--force-reinstall", "--no-deps", wheel)  # not what a version before it left
+    rows = Path("examples/word-problems.jsonl").resolve()
     generator = Path("examples/generator").resolve()
+    shutil.rmtree(session.create_tmp())  # a judgment that is there would not be asked again
     with session.chdir(session.create_tmp()):
         offline = {"HF_HUB_OFFLINE": "1"}
+        answers = [
+            {"prompt": "Say hello.", "response": text, "model": model}
+            for model, text in (("base", "Hi"), ("trained", "Hello there."))
+        ]
+        Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+        Path("judge.py").write_text("longer = lambda q, a, b: {'verdict': 'AB'[len(b) > len(a)]}\n")
+        Path("log.jsonl").write_text('{"step": 1, "data": {"cme/coverage": 1.0}}\n')
         for command in (
             ("--version",),
             ("check-pair", str(generator), "embedded"),
             ("score", str(rows), "--generator-tokenizer", str(generator), "-o", "scored.jsonl",
              "--html", "map.html"),
-            ("rank", str(rows), "--label", "is_correct", "--html", "rank.html"),
+            ("rank", str(rows), "--label", "is_correct", "--append-eos", "--html", "rank.html"),
+            ("evaluate", "answers.jsonl", "--judge", "python:judge:longer"),
+            ("report", "log.jsonl", "--html", "report.html"),
+            ("serve", "--help"),
         ):  # fmt: skip
-            session.run("cme-reward", *command, env=offline)
-        for name in ("scored.jsonl", "map.html", "rank.html"):
-            assert Path(name).stat().st_size > 10_000, name
+            session.run("cme-reward", *command, env=offline | {"PYTHONPATH": "."})
+        pages = ("map.html", "rank.html", "evaluation/report.html", "report.html")
+        for name in ("scored.jsonl", *pages):
+            assert Path(name).stat().st_size > 2_000, name
         where = "import cme_reward; print(cme_reward.__file__)"
         assert "site-packages" in str(session.run("python", "-c", where, silent=True))
 
