@@ -49,8 +49,9 @@ class CMEConfig:
 
     eos: Literal["score", "mask"] = "score"
     """"score": the generator's EOS gets the verifier's end-of-turn log-prob, so that stopping earns
-    or costs credit. "mask" (paper): EOS gets no reward, and nothing pays for stopping; runs then
-    did a little worse, undecided at three seeds (docs/evidence.md)."""
+    or costs credit. "mask" (paper): EOS gets no reward, and nothing pays for stopping; at the token
+    level runs then did a little worse, and credited with what follows they failed
+    (docs/evidence.md)."""
 
     thinking: Literal["score", "condition", "hide"] = "score"
     """"score" (paper): thoughts and answer are one text. "condition": thoughts are shown to the
