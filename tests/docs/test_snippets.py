@@ -1,4 +1,8 @@
-"""Every snippet of the README and the docs runs."""
+"""Every snippet of the README and the docs runs.
+
+Python under `<!-- not run: WHY -->` is compiled: a part, or what needs something of the reader's.
+Blocks of `console` are not run either: `test_commands.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,43 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPETS = [
-    pytest.param(kind, code, id=f"{page.name}:{n}")
-    for page in PAGES
-    for n, (kind, code) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
-    if kind in ("python", "sh")
+BLOCK = re.compile(r"^(?:<!-- not run: (.+?) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "adapters").glob("*/README.md")),
+    *sorted((ROOT / "benchmarks").rglob("README.md")),
+    ROOT / "cme_reward" / "verifiers" / "embedded" / "MODEL_CARD.md",
 ]
+BLOCKS = [
+    pytest.param(why, kind, code, id=f"{page.name}:{n}")
+    for page in PAGES
+    for n, (why, kind, code) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+]
+SNIPPETS = [
+    pytest.param(kind, code, id=block.id)
+    for block in BLOCKS
+    for why, kind, code in [block.values]
+    if kind in ("python", "sh") and not why
+]
+PARTS = [block for block in BLOCKS if block.values[0]]
 
 
 def test_there_are_snippets_of_both_kinds() -> None:
     assert {param.values[0] for param in SNIPPETS} == {"python", "sh"}
+
+
+def test_every_block_says_what_it_is() -> None:
+    kinds = ("python", "sh", "console", "yaml", "text")
+    other = [str(block.id) for block in BLOCKS if block.values[1] not in kinds]
+    assert [name for name in other if not name.startswith("api.md")] == []  # a script writes that
+
+
+@pytest.mark.parametrize(("why", "kind", "code"), PARTS)
+def test_part(why: str, kind: str, code: str) -> None:
+    assert kind == "python", why
+    compile(code, why, "exec")
 
 
 @pytest.mark.parametrize(("kind", "code"), SNIPPETS)
