@@ -74,7 +74,12 @@ METRICS = {
     "special_masked": Metric(
         "tokens", "mean", "special tokens inside a response, left out", worry="above 0"
     ),
-    "thinking_tokens": Metric("tokens", "mean", "tokens of a response's thoughts, tags included"),
+    "thinking_tokens": Metric(
+        "tokens",
+        "mean",
+        "tokens of a response's thoughts, tags included",
+        worry="it grows while the answer's reward does not",
+    ),
     "thinking_unclosed": Metric(
         "share", "mean", "responses that end inside a thought", worry="it rises"
     ),

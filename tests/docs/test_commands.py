@@ -180,9 +180,9 @@ def test_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", [name, *command.split()])
         runpy.run_path(str(SCRIPTS / name), run_name="__main__")
 
-    def own(command: str, status: int = 0) -> str:
+    def own(command: str, *status: int) -> str:
         done = CliRunner().invoke(app, command.split())
-        assert done.exit_code == status, done.output
+        assert done.exit_code in (status or (0,)), done.output
         return done.output
 
     asked = "--prompts prompts.jsonl --response-tokens 8"
@@ -192,7 +192,8 @@ def test_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.loads(line) for line in Path("rollouts.jsonl").read_text().splitlines()]
     marked = [json.dumps(row | {"good": "a" in row["response"]}) + "\n" for row in rows]
     Path("marked.jsonl").write_text("".join(marked))
-    own("rank marked.jsonl --label good --verifier embedded --html rank.html -o ranked.jsonl")
+    ranked = "rank marked.jsonl --label good --verifier embedded --html rank.html -o ranked.jsonl"
+    own(ranked, 0, 3)  # what an untrained policy samples may be put the wrong way round
     assert len(Path("ranked.jsonl").read_text().splitlines()) == 16
     script(
         "train.py",
@@ -200,7 +201,7 @@ def test_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "--completions-per-update 8 --completions-at-once 4 --rollouts 4 --trl "
         "gradient_checkpointing=no",
     )
-    said = own("report run --html report.html", status=1)  # no answer ends within 8 tokens
+    said = own("report run --html report.html", 1)  # no answer ends within 8 tokens
     assert said.count("run, ") == said.count("were cut off") == 1, said
     assert "cme/coverage" in Path("report.html").read_text()
     for model in ("policy", "run"):
