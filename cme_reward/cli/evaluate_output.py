@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from cme_reward.cli.jsonl import whole_file
 from cme_reward.evaluation.calibration import Calibration
-from cme_reward.evaluation.page import EXTRAPOLATED, calibration_line, render, table
+from cme_reward.evaluation.page import EXTRAPOLATED, calibration_line, mean_line, render, table
 from cme_reward.evaluation.results import (
     OUTCOMES,
     Agreement,
+    Mean,
     Outcome,
     Result,
     agreements_of,
+    means_of,
     results_of,
 )
 
@@ -30,6 +32,7 @@ class Found:
 
     outcomes: list[Outcome]
     results: list[Result]
+    means: list[Mean]
     agreements: list[Agreement]
     cost: float | None
     """USD; None where no prices are known."""
@@ -42,8 +45,14 @@ class Found:
         seed: int,
         calibrations: Sequence[Calibration] = (),
     ) -> Found:
-        results = results_of(outcomes, seed)
-        return Found(outcomes, results, agreements_of(outcomes), cost, calibrations)
+        return Found(
+            outcomes,
+            results_of(outcomes, seed),
+            means_of(outcomes, seed),
+            agreements_of(outcomes),
+            cost,
+            calibrations,
+        )
 
 
 def write(folder: Path, found: Found, settings: dict[str, Any]) -> None:
@@ -53,7 +62,9 @@ def write(folder: Path, found: Found, settings: dict[str, Any]) -> None:
     with whole_file(folder / "report.json") as stream:
         stream.write(text.encode(errors="replace") + b"\n")
     with whole_file(folder / "report.html") as stream:
-        page = render(found.results, found.agreements, found.outcomes, found.calibrations)
+        page = render(
+            found.results, found.means, found.agreements, found.outcomes, found.calibrations
+        )
         stream.write(page.encode(errors="replace"))  # a judge may write half a surrogate pair
 
 
@@ -74,6 +85,8 @@ def show(found: Found, console: Console) -> None:
     console.print(shown)
     if any(one.extrapolated for one in results):
         console.print(EXTRAPOLATED)
+    for one in found.means:
+        console.print(mean_line(one), markup=False)
     for one in found.agreements:
         kappa = f"{one.kappa:.2f}" if one.kappa == one.kappa else "-"
         console.print(f"{' and '.join(one.judges)}: Cohen's kappa {kappa} on {one.pairs:,} pairs",
@@ -105,6 +118,16 @@ def as_dict(found: Found, settings: dict[str, Any]) -> dict[str, Any]:
                    one.counts[name] for name in OUTCOMES},
             }
             for one in found.results
+        ],
+        "means": [
+            {
+                "model": one.model,
+                "judges": one.judges,
+                "n": one.n,
+                "win_rate": [number(x) for x in one.rate],
+                "length_controlled_win_rate": [number(x) for x in one.controlled],
+            }
+            for one in found.means
         ],
         "agreement": [
             {"judges": list(one.judges), "kappa": number(one.kappa), "pairs": one.pairs}

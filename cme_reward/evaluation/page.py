@@ -15,6 +15,7 @@ from cme_reward.evaluation.results import (
     TIE,
     WIN,
     Agreement,
+    Mean,
     Outcome,
     Result,
 )
@@ -70,8 +71,16 @@ def calibration_line(one: Calibration) -> str:
     )
 
 
+def mean_line(one: Mean) -> str:
+    return (
+        f"{one.model}, mean of {one.judges} judges: {one.rate}, at equal length {one.controlled}, "
+        f"on {one.n:,} pairs"
+    )
+
+
 def render(
     results: Sequence[Result],
+    means: Sequence[Mean],
     agreements: Sequence[Agreement],
     outcomes: Sequence[Outcome],
     calibrations: Sequence[Calibration] = (),
@@ -88,6 +97,7 @@ def render(
         note=EXTRAPOLATED if any(one.extrapolated for one in results) else "",
         heads=heads,
         rows=rows,
+        means=[mean_line(one) for one in means],
         agreements=agreements,
         calibrations=[calibration_line(one) for one in calibrations],
         samples=list(of.values()),

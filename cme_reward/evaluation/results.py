@@ -70,6 +70,18 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A model's rate by several judges together, as the paper's tables have it: of the pairs with
+    an outcome of every judge, the mean of their preferences."""
+
+    model: str
+    judges: int
+    rate: Estimate
+    controlled: Estimate
+    n: int
+
+
+@dataclass(frozen=True)
 class Agreement:
     """Cohen's kappa of two judges, on the pairs of which both say something."""
 
@@ -151,6 +163,25 @@ def results_of(outcomes: Sequence[Outcome], seed: int = 0) -> list[Result]:
                 counts,
             )
         )
+    return found
+
+
+def means_of(outcomes: Sequence[Outcome], seed: int = 0) -> list[Mean]:
+    """One of each model, in the order in which they first occur; none of a single judge."""
+    judges = len({one.judge for one in outcomes})
+    of: dict[str, dict[int, list[Outcome]]] = {}
+    for one in outcomes if judges > 1 else ():
+        of.setdefault(one.pair.model, {}).setdefault(id(one.pair), []).append(one)
+    found = []
+    for model, pairs in of.items():
+        whole = [own for own in pairs.values() if sum(one.counts for one in own) == judges]
+        preferences = np.array(
+            [sum(one.preference for one in own) / judges for own in whole], dtype=float
+        )
+        longer_by = np.array([own[0].pair.longer_by for own in whole], dtype=float)
+        rate = win_rate(preferences, seed)
+        controlled = length_controlled(preferences, longer_by, seed)
+        found.append(Mean(model, judges, rate, controlled, len(whole)))
     return found
 
 

@@ -257,6 +257,15 @@ def test_several_judges_and_their_agreement(folder: Path) -> None:
     assert [row["n"] for row in report["results"]] == [8, 8, 0]
     assert report["results"][2]["unreadable"] == 8
     assert [one["pairs"] for one in report["agreement"]] == [8, 0, 0]
+    assert [(one["judges"], one["n"]) for one in report["means"]] == [(3, 0)]  # one says nothing
+    result = evaluate(
+        file, "--judge", "python:some_judges:longer", "--judge", "python:some_judges:first"
+    )
+    (mean,), rates = found(folder)["means"], [r["win_rate"][0] for r in found(folder)["results"]]
+    assert (mean["n"], mean["win_rate"][0]) == (8, sum(rates) / 2)
+    assert "new, mean of 2 judges: " in result.stdout
+    page = (folder / "evaluation" / "report.html").read_text()
+    assert "new, mean of 2 judges: " in page
 
 
 def test_log_probs_make_the_preference(server: Server, folder: Path) -> None:

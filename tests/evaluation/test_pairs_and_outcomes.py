@@ -12,6 +12,7 @@ from cme_reward.evaluation.pairs import Answer, Pair, pairs_of
 from cme_reward.evaluation.results import (
     abstaining,
     agreements_of,
+    means_of,
     outcome_of,
     results_of,
 )
@@ -117,3 +118,8 @@ def test_two_judges_agree_on_pairs_that_both_judged() -> None:
     (agreement,) = agreements_of(outcomes)
     assert (agreement.judges, agreement.pairs) == (("one", "two"), 4)
     assert agreement.kappa == pytest.approx(0.5)  # as in test_statistics
+    (mean,) = means_of(outcomes)
+    assert (mean.model, mean.judges, mean.n) == ("new", 2, 4)
+    # "new" stands first: 1, 1, 0, 0 by the one and 1, 1, 1, 0 by the other.
+    assert mean.rate.value == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert means_of([one for one in outcomes if one.judge == "one"]) == []
