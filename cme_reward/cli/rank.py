@@ -200,7 +200,9 @@ def rank(
         first = next(iter(scorers.values()))
         needed = based or any(one.needs_statistics for one in asked)
         with busy(err, quiet, f"Loading {policy if needed else 'other rewards'}"):
-            writer = Policy(policy, device) if policy and needed else None
+            control = scorers.get("self")
+            itself = None if control is None else control.verifier
+            writer = Policy(policy, device, itself) if policy and needed else None
             beside = rivals(asked, {name: scorers[name] for name in specs})
         rows = responses(
             jsonl.read_rows(

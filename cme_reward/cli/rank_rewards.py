@@ -88,12 +88,12 @@ def controls(asked: Sequence[Asked], verifier: str, policy: str | None) -> list[
 
 
 class Policy:
-    """The model that wrote the responses."""
+    """The model that wrote the responses; `loaded`, where it is a verifier too."""
 
-    def __init__(self, name: str, device: str | None) -> None:
-        loaded = TransformersVerifier.from_pretrained(name, device=device)
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.format = PromptFormat(self.tokenizer)
+    def __init__(self, name: str, device: str | None, loaded: Any = None) -> None:
+        loaded = loaded or TransformersVerifier.from_pretrained(name, device=device)
+        self.model = loaded.model
+        self.format = PromptFormat(loaded.tokenizer)
 
     def read(
         self, rows: Sequence[Response], table: SpanTable, eos_id: int | None

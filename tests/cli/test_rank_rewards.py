@@ -133,6 +133,19 @@ def test_controls_are_other_verifiers(tmp_path: Path) -> None:
     assert report["agreement"] == []  # of who judges, not of controls
 
 
+def test_a_policy_that_is_its_own_verifier_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    real = TransformersVerifier.from_pretrained
+
+    def counting(name: str, **options: Any) -> Any:
+        loaded.append(name)
+        return real(name, **options)
+
+    monkeypatch.setattr(TransformersVerifier, "from_pretrained", counting)
+    run("--verifier", f"random:{EMBEDDED}", *rewards("self", "rent"), "--policy", EMBEDDED)
+    assert loaded.count(str(EMBEDDED)) == 1
+
+
 def test_what_the_policy_cannot_read_is_a_bad_line(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Hi", "response_ids": [40, 41]},
