@@ -154,7 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--rollouts", type=int, default=8, help="of each question")
     add("--tokens", type=int, default=20, help="most tokens of an answer")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=models / "rollouts.json", help="rollouts, marks and scores")
+    add(
+        "--out",
+        type=Path,
+        default=models / "rollouts.json",
+        help="rollouts, marks and scores; beside it the same as .jsonl, for cme-reward rank",
+    )
     given = parser.parse_args(arguments)
     questions = read_questions(given.questions)
     policy = TransformersVerifier.from_pretrained(given.policy, dtype="float32")
@@ -172,7 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = report(rollouts, Console(width=110))
     rows = [vars(rollout) for rollout in rollouts]
     given.out.write_text(json.dumps({**found, "rows": rows}, indent=1))
-    print(given.out)
+    lines = [
+        {"prompt": questions[r.question].prompt, "response": f" {r.text}", "right": r.right}
+        for r in rollouts
+    ]
+    ranked = given.out.with_suffix(".jsonl")
+    ranked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{given.out}, and for cme-reward rank --label right: {ranked}")
 
 
 if __name__ == "__main__":
