@@ -161,6 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="rollouts, marks and scores; beside it the same as .jsonl, for cme-reward rank",
     )
     given = parser.parse_args(arguments)
+    ranked = given.out.with_suffix(".jsonl")
+    if ranked.resolve() == given.questions.resolve():
+        parser.error(f"--out {given.out}: {ranked} holds the questions; name another file")
     questions = read_questions(given.questions)
     policy = TransformersVerifier.from_pretrained(given.policy, dtype="float32")
     torch.manual_seed(given.seed)
@@ -181,7 +184,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"prompt": questions[r.question].prompt, "response": f" {r.text}", "right": r.right}
         for r in rollouts
     ]
-    ranked = given.out.with_suffix(".jsonl")
     ranked.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{given.out}, and for cme-reward rank --label right: {ranked}")
 
