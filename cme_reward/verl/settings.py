@@ -107,7 +107,7 @@ class RewardSettings:
         verifier = given.get("verifier") or ("hosted" if hosted else None)
         reward = str(given.get("reward") or "cme")
         # Of the rewards that are refused, what is said does not depend on a verifier.
-        if verifier or reward not in ("cme", "random"):
+        if reward != "cme" and (verifier or reward != "random"):
             policy = str(config["actor_rollout_ref"]["model"]["path"])
             # Here: this module is in every process, and comparators bring models' code.
             from cme_reward.comparators import verifier_spec
