@@ -17,6 +17,11 @@ from benchmarks.miniature.cast import CAPABILITIES
 INK, GRID = "#1f2430", "#d8dce4"
 COLOURS = ("#4556af", "#c4572e", "#2c8a5b", "#8a5bb0", "#b08a1e", "#3a8fb0", "#a03a5f", "#6b7280",
            "#1f2859", "#e08f6f", "#7fbf9b", "#c7a3e0")  # fmt: skip
+FIRST = {
+    "accuracy": "accuracy",
+    "sampled": "accuracy of sampled answers",
+    "gain": "reward less its first, nats a token",
+}
 PANELS = (
     ("length", "response length, tokens"),
     ("entropy", "entropy, nats"),
@@ -66,11 +71,10 @@ def learning_curves(
     title: str,
     first: str = "accuracy",
 ) -> None:
-    """Accuracy (greedy, or `sampled`), length, entropy and repetition by step: thin lines seeds,
-    thick ones their mean."""
+    """What `first` names, length, entropy and repetition by step: thin lines seeds, thick ones
+    their mean."""
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 6.4), layout="constrained")
-    accuracy = "accuracy" if first == "accuracy" else "accuracy of sampled answers"
-    for axis, (key, label) in zip(axes.flat, [(first, accuracy), *PANELS], strict=True):
+    for axis, (key, label) in zip(axes.flat, [(first, FIRST[first]), *PANELS], strict=True):
         for (name, runs), colour in zip(curves.items(), _colours(len(curves)), strict=True):
             steps = [point["step"] for point in runs[0]]
             values = [[point[key] for point in run] for run in runs]
@@ -81,7 +85,9 @@ def learning_curves(
                 steps[: len(mean)], mean, color=colour, lw=2, label=name.partition(": ")[2] or name
             )
         # From 0, and never so narrow that noise looks like a trend.
-        axis.set_ylim(0, max(axis.get_ylim()[1], {first: 1, "repetition": 0.1}.get(key, 0)))
+        low, high = axis.get_ylim()
+        least = {"accuracy": 1, "sampled": 1, "repetition": 0.1}.get(key, 0)
+        axis.set_ylim(low if key == "gain" else 0, max(high, least))
         _dress(axis, "step", label)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

@@ -1,8 +1,9 @@
 """What became of a policy, by measures that its verifier has no part in.
 
 `python -m benchmarks.real.measure --model google/gemma-3-270m --model run --prompts apart.jsonl`
-has every model answer every prompt greedily (`adapters/trl/respond.py`), and prints, for the first
-model as it is and for the others as differences from it, paired by prompt, with 95 % intervals:
+has every model answer every prompt (`adapters/trl/respond.py`; greedily, or at `--temperature`),
+and prints, for the first model as it is and for the others as differences from it, paired by
+prompt, with 95 % intervals:
 
 - `ifeval`: share of prompts all of whose instructions are followed, strictly, by the checks that
   come with lm-eval (`pip install 'lm-eval[ifeval]'`), where lines have `meta.instruction_id_list`
@@ -14,8 +15,9 @@ model as it is and for the others as differences from it, paired by prompt, with
 - `tokens`, `stopped`, `repetition` (repeated 4-grams), `distinct` (different pairs of words over
   all), `entropy` of the next token along the answer, in nats.
 
-Answers and measures are kept in `--out`, so that the same command goes on where it stopped, and
-`samples.md` has twenty prompts with all answers.
+Answers and measures are kept in `--out`, so that the same command goes on where it stopped;
+`samples.md` has twenty prompts with all answers, `curves.png` the training of those models whose
+folders have TRL's checkpoints.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.miniature.evaluate import interval
+from benchmarks.miniature.pictures import learning_curves
 from benchmarks.miniature.runs import file_name
 from benchmarks.real.models import ROOT
 from benchmarks.real.questions import json_lines
@@ -69,7 +72,7 @@ def answered(model: str, rows: Sequence[Row], given: argparse.Namespace) -> list
     prompts, file = given.out / "prompts.jsonl", given.out / f"{file_name(model)}.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     script = str(ROOT / "adapters" / "trl" / "respond.py")
-    how = ["--response-tokens", str(given.tokens)]
+    how = ["--response-tokens", str(given.tokens), "--temperature", str(given.temperature)]
     if given.chat_template:
         how += ["--chat-template", str(given.chat_template)]
     command = [sys.executable, script, "--model", model, "--prompts", str(prompts), *how]
@@ -177,6 +180,29 @@ def samples(rows: Sequence[Row], answers: dict[str, list[Row]]) -> str:
     return "\n".join(lines)
 
 
+def training(model: str) -> list[Row]:
+    """Reward (less that of the first update), length, entropy and repetition of each update, as
+    TRL logged them in a run's last checkpoint; empty where the folder has none."""
+    states = Path(model).glob("checkpoint-*/trainer_state.json")
+    states = sorted(states, key=lambda file: int(file.parent.name.rpartition("-")[2]))
+    if not states:
+        return []
+    logged = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
+    logged = [at for at in logged if "reward" in at]
+    # Under the name of the reward: `cme/repetition`, `random/repetition`.
+    repeated = next((key for key in logged[0] if key.endswith("/repetition")), "") if logged else ""
+    return [
+        {
+            "step": at["step"],
+            "gain": at["reward"] - logged[0]["reward"],
+            "length": at["completions/mean_length"],
+            "entropy": at["entropy"],
+            "repetition": at.get(repeated, float("nan")),
+        }
+        for at in logged
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     summary, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -194,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--judge", default="embedded", help="a spec of load_verifier: not the one trained against")
     add("--chat-template", type=Path, help="of train.py, for a base model that has none")
     add("--tokens", type=int, default=128, help="most tokens of an answer")
+    add("--temperature", type=float, default=0.0, help="0: greedy; 1: what training samples")
     add("--out", type=Path, required=True, help="folder; what is there is not done again")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -213,6 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file.write_text(json.dumps(kept))
         measures[model] = kept["measures"]
     (given.out / "samples.md").write_text(samples(rows, answers))
+    curves = {Path(model).name: [points] for model in given.model if (points := training(model))}
+    if curves:
+        learning_curves(curves, given.out / "curves.png", "Training, batch by batch", "gain")
     report(measures, Console(width=None if Console().is_terminal else 200))
     print(given.out / "samples.md")
 

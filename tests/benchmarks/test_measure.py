@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -57,6 +58,23 @@ def test_differences_are_paired_by_prompt() -> None:
     assert (n, mean) == (3, 2)
     assert half == pytest.approx(2.4841, abs=1e-4)
     assert set(measure.compared(first)) == {"tokens"}
+
+
+def test_training_is_read_from_the_last_of_the_checkpoints(tmp_path: Path) -> None:
+    assert measure.training(str(tmp_path)) == []
+    for at, rewards in ((5, [-3.0]), (10, [-3.0, -2.5])):
+        log: list[dict[str, Any]] = [
+            {"step": k, "reward": reward, "completions/mean_length": 7.0, "entropy": 2.0}
+            for k, reward in enumerate(rewards, 1)
+        ]
+        log[0]["random/repetition"] = 0.25
+        (tmp_path / f"checkpoint-{at}").mkdir()
+        state = {"log_history": [*log, {"train_runtime": 1.0}]}
+        (tmp_path / f"checkpoint-{at}" / "trainer_state.json").write_text(json.dumps(state))
+    first, second = measure.training(str(tmp_path))
+    assert first == {"step": 1, "gain": 0.0, "length": 7, "entropy": 2, "repetition": 0.25}
+    assert second["gain"] == 0.5
+    assert math.isnan(second["repetition"])
 
 
 @pytest.mark.slow
@@ -118,3 +136,8 @@ def test_two_policies_from_end_to_end(
     stamp = Path("found/after.measures.json").stat().st_mtime_ns
     measure.main(command.split())
     assert Path("found/after.measures.json").stat().st_mtime_ns == stamp
+    assert not Path("found/curves.png").exists()
+    measure.main([*command.replace("found", "sampled").split(), "--temperature", "1"])
+    rows = measure.read_lines(Path("sampled/before.jsonl"))
+    assert {row["temperature"] for row in rows} == {1.0}
+    assert [row["response"] for row in rows] != [row["response"] for row in answers]
