@@ -9,8 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 
 X = TypeVar("X")
 Y = TypeVar("Y")
-AT_ONCE = 1024
-"""Tokens for which the event loop can wait: about a millisecond."""
+ALONE = 1024
+"""Tokens of one item for which the event loop waits: about a millisecond."""
+AT_ONCE = 8192
+"""Tokens of many items in one call, for which it waits: ten milliseconds. In several calls all of
+them would take longer."""
 
 
 class _Wish(NamedTuple):
@@ -31,7 +34,7 @@ async def together(
     array. When such a call fails, its items are tried one by one. In a thread, where so many tokens
     take longer than to wake one.
     """
-    if n_tokens > AT_ONCE:
+    if n_tokens > ALONE:
         (result,), seconds = await asyncio.to_thread(timed, function, [item])
         return result, seconds
     loop = asyncio.get_running_loop()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cme_reward._ragged import Int64, flat_like, require_pairs, split
-from cme_reward._together import AT_ONCE as AT_ONCE
+from cme_reward._together import ALONE as ALONE
 from cme_reward._together import timed, together
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
@@ -181,11 +181,11 @@ class CrossModelEntropy(Closes):
     ) -> CMEBatch:
         """The same for coroutines: rollouts are scored while others are still being generated.
 
-        The event loop waits a millisecond or two at most: longer responses are read and aligned in
-        threads, shorter ones together. Any number of calls may be in progress. Those that wait for
-        a verifier of this process go into its next forward passes together; to bound these, make
-        it a `BatchingVerifier`. A cancelled call is not scored if the verifier has not begun with
-        it.
+        The event loop waits a millisecond or two, where many come at once ten or twenty: long
+        responses are read and aligned in threads, shorter ones together. Any number of calls may be
+        in progress. Those that wait for a verifier of this process go into its next forward passes
+        together; to bound these, make it a `BatchingVerifier`. A cancelled call is not scored if
+        the verifier has not begun with it.
         """
         n_tokens = _n_tokens(response_ids)
         given = Arguments(prompts, response_ids, response_masks, policy_logprobs)

@@ -10,7 +10,7 @@ from stubs import TableVerifier
 from tokenizer_kinds import load_tokenizer
 
 from cme_reward import CMEBatch, CMEConfig, CrossModelEntropy, InputError
-from cme_reward._together import _WAITING, AT_ONCE, together
+from cme_reward._together import _WAITING, ALONE, AT_ONCE, together
 from cme_reward.metrics import mean
 from cme_reward.verifiers.base import Verifier
 
@@ -31,10 +31,10 @@ def test_one_call_for_what_is_at_hand_within_the_bounds_of_a_turn() -> None:
         calls.append(items)
         return [2 * item for item in items]
 
-    third = AT_ONCE // 3
-    got = asked_at_once(*(together(twice, k, third) for k in range(7)))
-    assert [result for result, _ in got] == [0, 2, 4, 6, 8, 10, 12]
-    assert calls == [[0, 1, 2], [3, 4, 5], [6]]
+    n = AT_ONCE // ALONE
+    got = asked_at_once(*(together(twice, k, ALONE) for k in range(2 * n + 1)))
+    assert [result for result, _ in got] == [2 * k for k in range(2 * n + 1)]
+    assert calls == [[*range(n)], [*range(n, 2 * n)], [2 * n]]
 
 
 def test_what_fails_fails_alone_and_what_is_cancelled_is_not_done() -> None:

@@ -21,7 +21,7 @@ from tokenizer_kinds import load_tokenizer
 from waiting import PATIENCE, until
 
 from cme_reward import CMEBatch, CMEConfig, ConfigError, CrossModelEntropy, VerifierError
-from cme_reward.reward import AT_ONCE
+from cme_reward.reward import ALONE
 from cme_reward.verifiers import Ensemble, load_verifier
 from cme_reward.verifiers.batching import BatchingVerifier
 from cme_reward.verifiers.endpoint import EndpointVerifier
@@ -307,7 +307,7 @@ def test_only_long_responses_are_worth_a_thread(monkeypatch: pytest.MonkeyPatch)
                 seen.append(threading.get_ident() == here) or original(*args)
             ),
         )
-    for n, in_the_loop in ((AT_ONCE, True), (AT_ONCE + 1, False)):
+    for n, in_the_loop in ((ALONE, True), (ALONE + 1, False)):
         seen.clear()
         batch = asyncio.run(cme.score_async(["Why?"], [[5] * n]))
         assert batch.mask.sum() == n
