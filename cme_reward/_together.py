@@ -12,8 +12,8 @@ Y = TypeVar("Y")
 ALONE = 1024
 """Tokens of one item for which the event loop waits: about a millisecond."""
 AT_ONCE = 8192
-"""Tokens of many items in one call, for which it waits: ten milliseconds. In several calls all of
-them would take longer."""
+"""Tokens of many items in one call, for which it waits: ten or twenty. In several calls all of them
+would take longer."""
 
 
 class _Wish(NamedTuple):

@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file.write_text(json.dumps(kept))
         measures[model] = kept["measures"]
     (given.out / "samples.md").write_text(samples(rows, answers))
-    curves = {Path(model).name: [points] for model in given.model if (points := training(model))}
+    curves = {model: [points] for model in given.model if (points := training(model))}
     if curves:
         learning_curves(curves, given.out / "curves.png", "Training, batch by batch", "gain")
     report(measures, Console(width=None if Console().is_terminal else 200))
