@@ -144,11 +144,23 @@ def flat_like(values: Any, offsets: Int64, name: str) -> NDArray[Any]:
     return np.concatenate([np.zeros(0), *rows])
 
 
-def pad(flat: NDArray[Any], offsets: Int64) -> torch.Tensor:
-    """Rows of a flat array as a tensor `[B, T]`, padded with 0 on the right."""
+def sums(flat: NDArray[Any], offsets: Int64) -> NDArray[np.float64]:
+    """Sums of the rows of a flat array, `[B]`; 0 of an empty one."""
+    sums_B = np.zeros(len(offsets) - 1)
+    filled = np.flatnonzero(np.diff(offsets))  # reduceat takes an empty row for its neighbour
+    if filled.size:
+        sums_B[filled] = np.add.reduceat(flat, offsets[filled], dtype=np.float64)
+    return sums_B
+
+
+def pad(offsets: Int64, *flat: NDArray[Any]) -> list[torch.Tensor]:
+    """Rows of flat arrays as tensors `[B, T]`, padded with 0 on the right."""
     if len(offsets) == 2:  # one response, as a server is asked of
-        return torch.from_numpy(flat[None].copy())
+        return [torch.from_numpy(values[None].copy()) for values in flat]
     lengths = np.diff(offsets)
-    padded = np.zeros((len(lengths), lengths.max(initial=0)), dtype=flat.dtype)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat
-    return torch.from_numpy(padded)
+    shape = len(lengths), int(lengths.max(initial=0))
+    at = np.flatnonzero(np.arange(shape[1]) < lengths[:, None])
+    padded = [np.zeros(shape, dtype=values.dtype) for values in flat]
+    for rows, values in zip(padded, flat, strict=True):
+        rows.ravel()[at] = values
+    return [torch.from_numpy(rows) for rows in padded]

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from cme_reward._ragged import Int64, pad, place_of, row_offsets, split
+from cme_reward._ragged import Int64, pad, place_of, row_offsets, split, sums
 from cme_reward.batch import CMEBatch
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.turns import Segment
 from cme_reward.errors import InputError
-from cme_reward.metrics import METRICS, length_correlation, means, repetitions, spreads
+from cme_reward.metrics import METRICS, length_correlation, repetitions
 from cme_reward.scoring import SegmentScores
 from cme_reward.spans.kinds import BLANK, NO_TEXT, TEXT
 
@@ -52,7 +52,6 @@ class Layout:
         self.ids = ids
         self.segments = segments
         self.offsets = row_offsets([len(row) for row in ids])
-        self.row_N = np.repeat(np.arange(len(ids)), np.diff(self.offsets))
         self.row_n = np.array([s.row for s in segments], dtype=np.int64)
         self.sampled_N = np.zeros(int(self.offsets[-1]), dtype=bool)
         for s in segments:
@@ -70,18 +69,23 @@ class Layout:
         flat[self.sampled_N] = values
         return flat
 
-    def sums(self, values: ArrayLike, rows: Int64) -> Float64:
-        """Sums of each response, `[B]`."""
-        sums = np.bincount(rows, np.asarray(values, dtype=np.float64), len(self.ids))
-        return sums.astype(np.float64, copy=False)
+    def of_tokens(self, values_N: NDArray) -> Float64:
+        """Sums of each response over its tokens, `[B]`."""
+        return sums(values_N, self.offsets)
+
+    def of_segments(self, values_n: ArrayLike) -> Float64:
+        """Sums of each response over its segments, `[B]`."""
+        found = np.bincount(self.row_n, np.asarray(values_n, dtype=np.float64), len(self.ids))
+        return found.astype(np.float64, copy=False)
 
     def by_call(self, values_B: ArrayLike) -> Float64:
         """Sums of each call, `[C]`."""
         return np.bincount(self.call_B, values_B, len(self.sizes_C)).astype(np.float64, copy=False)
 
-    def means(self, values_B: NDArray) -> Float64:
-        """Means of each call, `[C]`; 0 without responses."""
-        return means(values_B, self.call_B, len(self.sizes_C))
+    def means(self, sums_B: NDArray, counts_B: NDArray | None = None, empty: float = 0) -> Float64:
+        """Means of each call, `[C]`: over its responses, or over what they have so many of."""
+        counts_C = self.sizes_C if counts_B is None else self.by_call(counts_B)
+        return np.where(counts_C, self.by_call(sums_B) / np.maximum(counts_C, 1), empty)
 
     def flagged(self, rows: ArrayLike) -> Float64:
         """How many different responses of each call are among these, `[C]`."""
@@ -119,10 +123,8 @@ def assemble(
     rewards_N = token_rewards(logprobs_N, own, scored_N)
     sequence_B = sequence_rewards(scores, own, layout)
     dropped_B = dropped_nats(logprobs_N, scored_N, scores, layout)
-    rewarded, of_call = rewards_N[scored_N], layout.call_B[layout.row_N[scored_N]]
     metrics = {
-        "token_reward_mean": means(rewarded, of_call, len(sizes)),
-        "token_reward_std": spreads(rewarded, of_call, len(sizes)),
+        **_of_rewards(rewards_N, scored_N, layout),
         "sequence_reward_mean": layout.means(sequence_B),
         "dropped_nats": layout.means(dropped_B),
         **_of_reading(scores, layout),
@@ -141,12 +143,10 @@ def assemble(
     batches = []
     for c, (i, j) in enumerate(pairwise(row_offsets(sizes).tolist())):
         start, offsets = layout.offsets[i], layout.offsets[i : j + 1]
-        padded = {
-            name: pad(array[start : offsets[-1]], offsets - start) for name, array in flat.items()
-        }
+        padded = pad(offsets - start, *(array[start : offsets[-1]] for array in flat.values()))
         batches.append(
             CMEBatch(
-                **padded,
+                **dict(zip(flat, padded, strict=True)),
                 sequence_rewards=torch.from_numpy(sequence_B[i:j]).float(),
                 dropped_nats=torch.from_numpy(dropped_B[i:j]).float(),
                 verifier_tokens=tokens[i:j],
@@ -169,8 +169,8 @@ def sequence_rewards(
     verifier scored nothing."""
     sequence_B = np.zeros(len(layout.ids))
     for score, own_N in zip(scores, own, strict=True):
-        sums_B = layout.sums(score.sums_n, layout.row_n) - layout.sums(own_N, layout.row_N)
-        counts_B = layout.sums(score.counts_n, layout.row_n)
+        sums_B = layout.of_segments(score.sums_n) - layout.of_tokens(own_N)
+        counts_B = layout.of_segments(score.counts_n)
         means_B = np.where(counts_B > 0, sums_B / np.maximum(counts_B, 1), score.uniform)
         sequence_B += means_B / len(scores)
     return sequence_B
@@ -190,8 +190,8 @@ def dropped_nats(
 
     Floored at 0: a sum of a few thousand aligned log-probs ends some 1e-12 off.
     """
-    totals_B = sum(layout.sums(score.sums_n, layout.row_n) / len(scores) for score in scores)
-    kept_B = layout.sums(np.where(scored_N, logprobs_N, 0), layout.row_N)
+    totals_B = sum(layout.of_segments(score.sums_n) / len(scores) for score in scores)
+    kept_B = layout.of_tokens(np.where(scored_N, logprobs_N, 0))
     return np.maximum(kept_B - totals_B, 0)
 
 
@@ -220,20 +220,34 @@ def policy_part(policy: Float64 | None, score: SegmentScores, layout: Layout) ->
     return own_N
 
 
+def _of_rewards(rewards_N: Float64, scored_N: Bool, layout: Layout) -> dict[str, Float64]:
+    """Mean and sample standard deviation of each call's rewards; 0 of too few."""
+    scored_B = layout.of_tokens(scored_N)
+    means_C = layout.means(layout.of_tokens(rewards_N), scored_B)
+    means_N = np.repeat(means_C[layout.call_B], np.diff(layout.offsets))
+    squares_B = layout.of_tokens(np.where(scored_N, rewards_N - means_N, 0) ** 2)
+    degrees_C = np.maximum(layout.by_call(scored_B) - 1, 1)
+    return {
+        "token_reward_mean": means_C,
+        "token_reward_std": np.sqrt(layout.by_call(squares_B) / degrees_C),
+    }
+
+
 def _of_reading(scores: Sequence[SegmentScores], layout: Layout) -> dict[str, Float64]:
     """Metrics of how much of the responses of each call the verifiers read."""
     segments = layout.segments
     truncated_n = np.logical_or.reduce([score.truncated_n for score in scores])
     counts_n = np.sum([score.counts_n for score in scores], axis=0) / len(scores)
-    sampled_C = layout.by_call(layout.sums(layout.sampled_N, layout.row_N))
+    sampled_C = layout.by_call(layout.of_tokens(layout.sampled_N))
     inked = layout.kinds == TEXT  # white space a normaliser may take (BERT's, T5's)
-    of_call = layout.call_B[layout.row_N[layout.sampled_N][inked]]
-    inner_B = layout.sums([_inner_specials(s) for s in segments], layout.row_n)
-    thinking_B = layout.sums([s.n_thinking for s in segments], layout.row_n)
+    covered_B = layout.of_tokens(layout.spread(inked & _covered(scores)))
+    inner_B = layout.of_tokens(layout.spread(layout.kinds == NO_TEXT))
+    inner_B -= layout.of_segments([0 if s.eos is None else len(s.kinds) - s.eos for s in segments])
+    thinking_B = layout.of_segments([s.n_thinking for s in segments])
     unclosed = layout.flagged([s.row for s in segments if s.unclosed])
     return {
-        "coverage": means(_covered(scores)[inked], of_call, len(layout.sizes_C), empty=1.0),
-        "verifier_tokens_per_token": layout.by_call(layout.sums(counts_n, layout.row_n))
+        "coverage": layout.means(covered_B, layout.of_tokens(layout.spread(inked)), empty=1),
+        "verifier_tokens_per_token": layout.by_call(layout.of_segments(counts_n))
         / np.maximum(sampled_C, 1),
         "truncated": layout.flagged(layout.row_n[truncated_n]),
         "special_masked": layout.means(inner_B),
@@ -244,8 +258,8 @@ def _of_reading(scores: Sequence[SegmentScores], layout: Layout) -> dict[str, Fl
 
 def _of_responses(sequence_B: Float64, layout: Layout) -> dict[str, Float64]:
     """Metrics of the responses of each call themselves."""
-    lengths_B = layout.sums(layout.sampled_N, layout.row_N)
-    blank_B = layout.sums(layout.spread(layout.kinds == BLANK), layout.row_N)
+    lengths_B = layout.of_tokens(layout.sampled_N)
+    blank_B = layout.of_tokens(layout.spread(layout.kinds == BLANK))
     calls = pairwise(row_offsets(layout.sizes_C).tolist())
     return {
         "repetition": layout.means(repetitions(layout.sampled_ids)),
@@ -259,11 +273,6 @@ def _of_responses(sequence_B: Float64, layout: Layout) -> dict[str, Float64]:
 def _covered(scores: Sequence[SegmentScores]) -> Bool:
     """Of the sampled tokens, those that every verifier covers."""
     return np.logical_and.reduce([score.covered_N for score in scores])
-
-
-def _inner_specials(segment: Segment) -> int:
-    """Special tokens of a segment whose text is left out, but for its end and the padding there."""
-    return int(np.count_nonzero(segment.kinds[: segment.eos] == NO_TEXT))
 
 
 def _verifier_tokens(score: SegmentScores, layout: Layout) -> list[tuple[Int64, Float64]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cme_reward._keys import prompt_key
 from cme_reward._lru import LRU
-from cme_reward._ragged import Int64, row_offsets
+from cme_reward._ragged import Int64, place_of, row_offsets, split, sums
 from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.format import PROMPTS_KEPT, PromptFormat
@@ -167,14 +167,15 @@ class MemberScorer:
             if s.lead:
                 own = slice(int(np.count_nonzero(s.within(ends_S) == 0)), None)
                 requests[k], answers[k] = requests[k][own], answers[k][own]
+        counts_n = np.array([len(logp) for logp in answers], dtype=np.int64)
         return SegmentScores(
             aligned_N=aligned_N,
             covered_N=covered_N,
             share_N=share_N,
             is_eos_N=is_eos_N,
             verifier_tokens_n=list(zip(requests, answers, strict=True)),
-            sums_n=np.array([logp.sum() for logp in answers]),
-            counts_n=np.array([len(logp) for logp in answers], dtype=np.int64),
+            sums_n=sums(np.concatenate([np.zeros(0), *answers]), row_offsets(counts_n)),
+            counts_n=counts_n,
             truncated_n=truncated_n,
             uniform=-float(np.log(self.verifier.vocab_size)),
         )
@@ -208,23 +209,24 @@ class MemberScorer:
         name = self.verifier.name
         if len(answers) != len(asked):
             raise VerifierError(f"{name} answered {len(answers)} of {len(asked)} responses")
-        logprobs = [np.zeros(0)] * len(requests)
-        for k, answer in zip(asked, answers, strict=True):
-            row, request = np.asarray(answer, dtype=np.float64), requests[k]
-            if row.shape != request.shape:
+        rows = [np.asarray(answer) for answer in answers]
+        for k, row in zip(asked, rows, strict=True):
+            if row.shape != requests[k].shape:
                 raise VerifierError(
                     f"{name} returned shape {row.shape} for response {segments[k].row}; expected "
-                    f"one log-prob for each of its {len(request)} verifier tokens"
+                    f"one log-prob for each of its {len(requests[k])} verifier tokens"
                 )
-            for s in np.flatnonzero(~np.isfinite(row))[:1]:
-                raise VerifierError(
-                    f"{name} returned {row[s]} for response {segments[k].row}, verifier token {s} "
-                    f"(id {request[s]}); expected a finite log-prob. A model in float16 can "
-                    "overflow: load it in bfloat16 or float32"
-                )
-            floor = self.config.logprob_floor
-            logprobs[k] = row if floor is None else np.maximum(row, floor)
-        return logprobs
+        flat = np.concatenate([np.zeros(0), *rows]).astype(np.float64, copy=False)
+        offsets = row_offsets([len(request) for request in requests])  # 0 where nothing was asked
+        for at in np.flatnonzero(~np.isfinite(flat))[:1]:
+            k, s = place_of(at, offsets)
+            raise VerifierError(
+                f"{name} returned {flat[at]} for response {segments[k].row}, verifier token {s} "
+                f"(id {requests[k][s]}); expected a finite log-prob. A model in float16 can "
+                "overflow: load it in bfloat16 or float32"
+            )
+        floor = self.config.logprob_floor
+        return split(flat if floor is None else np.maximum(flat, floor), offsets)
 
 
 def _place(

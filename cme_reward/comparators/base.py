@@ -213,12 +213,19 @@ class Comparator:
             positions = np.flatnonzero(call.sampled_N)
             last = positions[np.cumsum(counts)[counts > 0] - 1]
             rewards_N[last] = sequence_B[counts > 0]
+        rewards, mask, sampled, none = pad(
+            call.offsets,
+            rewards_N.astype(np.float32),
+            call.sampled_N,
+            call.sampled_N,
+            np.zeros(len(rewards_N), np.float32),
+        )
         return CMEBatch(
-            token_rewards=pad(rewards_N.astype(np.float32), call.offsets),
-            mask=pad(call.sampled_N, call.offsets),
-            sampled=pad(call.sampled_N, call.offsets),
+            token_rewards=rewards,
+            mask=mask,
+            sampled=sampled,
             sequence_rewards=torch.from_numpy(sequence_B).float(),
-            token_logprobs=pad(np.zeros(len(rewards_N), np.float32), call.offsets),
+            token_logprobs=none,
             dropped_nats=torch.zeros(len(call.ids)),
             verifier_tokens=[(np.zeros(0, np.int64), np.zeros(0)) for _ in call.ids],
             metrics=metrics,

@@ -41,7 +41,9 @@ def split_thoughts(pieces: Sequence[Piece], tags: tuple[str, str]) -> list[Split
     """
     events = [_events(piece, tags) for piece in pieces]
     first = next((event for found in events for event in found), None)
-    thinking = first is not None and not first[2]
+    if first is None:
+        return [Split([(0, len(piece.text))], unclosed=False) for piece in pieces]
+    thinking = not first[2]
     splits = []
     behind = False  # a closing tag, with nothing but white space since
     for piece, found in zip(pieces, events, strict=True):
@@ -64,7 +66,7 @@ def split_thoughts(pieces: Sequence[Piece], tags: tuple[str, str]) -> list[Split
 
 def _events(piece: Piece, tags: tuple[str, str]) -> list[tuple[int, int, bool]]:
     """`(start, stop, opens)` of every tag in the piece."""
-    if not piece.tags and not any(tag in piece.text for tag in tags):
+    if not piece.tags and tags[0] not in piece.text and tags[1] not in piece.text:
         return []
     found = re.finditer("|".join(map(re.escape, tags)), piece.text)
     events = [(m.start(), m.end(), m[0] == tags[0]) for m in found]
