@@ -99,9 +99,11 @@ def _overlapping_groups(offsets: list[tuple[int, int]]) -> list[tuple[int, int, 
         # NFC reorders combining marks, so a token may reach back over several groups.
         while groups and (start < groups[-1][3] or start == stop or groups[-1][2] == groups[-1][3]):
             first, _, before_start, before_stop = groups.pop()
-            stretches = [(i, j) for i, j in ((before_start, before_stop), (start, stop)) if i < j]
-            start = min((i for i, _ in stretches), default=start)
-            stop = max((j for _, j in stretches), default=stop)
+            if before_start < before_stop:
+                if start == stop:
+                    start, stop = before_start, before_stop
+                else:
+                    start, stop = min(before_start, start), max(before_stop, stop)
         groups.append((first, last, start, stop))
     return groups
 

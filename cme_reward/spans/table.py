@@ -15,12 +15,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from cme_reward._ragged import Int64, flatten, flatten_ids, row_offsets, split
+from cme_reward._ragged import Int64, flatten, flatten_ids, row_offsets, split, sums
 from cme_reward.errors import InputError
 from cme_reward.spans.fidelity import require_faithful
 from cme_reward.spans.kinds import BLANK, NO_TEXT, TEXT, THOUGHT, UNFINISHED, kinds_of
 from cme_reward.spans.pieces import (
-    Pieces,
     build_pieces,
     gather,
     plain_backend,
@@ -189,7 +188,8 @@ class SpanTable:
             texts.append(text)
         if awkward:  # parts of characters, all of which are completed
             at, row_starts = _tokens_of(sorted(awkward), offsets)
-            text, along = _along(pieces, ids[at])
+            rows = _joined(raw, byte_offsets, sorted(awkward))
+            text, along = _along(rows, n_bytes[at], pieces.is_byte[ids[at]])
             ends[at] = _row_cumsum(np.diff(along, prepend=0), row_starts)
             kinds[at] = kinds_of(text, along, n_bytes[at] > 0)
         return Decoded(texts, split(ends, offsets), split(kinds, offsets))
@@ -221,7 +221,9 @@ class SpanTable:
             awkward = [b for b in sorted(_rows_with(~pieces.whole[ids], offsets)) if proved[b]]
             if awkward:
                 at, row_starts = _tokens_of(awkward, offsets)
-                ends[at] = _row_cumsum(np.diff(_along(pieces, ids[at])[1], prepend=0), row_starts)
+                rows = _joined(raw, byte_offsets, awkward)
+                _, along = _along(rows, n_bytes[at], pieces.is_byte[ids[at]])
+                ends[at] = _row_cumsum(np.diff(along, prepend=0), row_starts)
         encoded = Encoded(split(ids, offsets), split(ends, offsets), [_NO_HOLES] * len(texts))
         unproved = [b for b, row_proved in enumerate(proved) if not row_proved]
         with_offsets = self._backend.encode_batch(
@@ -278,16 +280,20 @@ def _tokens_of(rows: list[int], offsets: Int64) -> tuple[Int64, Int64]:
     return np.arange(starts[-1]) + np.repeat(offsets[rows] - starts[:-1], lengths), starts
 
 
-def _along(pieces: Pieces, ids: Int64) -> tuple[str, Int64]:
+def _joined(raw: NDArray[np.uint8], offsets: Int64, rows: list[int]) -> NDArray[np.uint8]:
+    """Some rows of flat bytes, one after the other."""
+    bounds = offsets.tolist()
+    return np.concatenate([raw[bounds[b] : bounds[b + 1]] for b in rows])
+
+
+def _along(raw: NDArray[np.uint8], n_bytes: Int64, is_byte: NDArray[np.bool_]) -> tuple[str, Int64]:
     """Text and right ends of rows of whole characters, one row after the other."""
-    raw, n_bytes = gather(pieces, ids)
-    text, positions, _ = decode_bytes(raw, n_bytes, pieces.is_byte[ids])
+    text, positions, _ = decode_bytes(raw, n_bytes, is_byte)
     return text, positions[np.cumsum(n_bytes)]
 
 
 def _rows_with(flags: NDArray[np.bool_], offsets: Int64) -> set[int]:
-    at = np.flatnonzero(flags)
-    return set(np.unique(np.searchsorted(offsets, at, side="right") - 1).tolist())
+    return set(np.flatnonzero(sums(flags, offsets)).tolist())
 
 
 def _same_rows(data: bytes, byte_offsets: Int64, raw_texts: list[bytes]) -> NDArray[np.bool_]:
