@@ -242,6 +242,7 @@ def _of_reading(scores: Sequence[SegmentScores], layout: Layout) -> dict[str, Fl
     inked = layout.kinds == TEXT  # white space a normaliser may take (BERT's, T5's)
     covered_B = layout.of_tokens(layout.spread(inked & _covered(scores)))
     inner_B = layout.of_tokens(layout.spread(layout.kinds == NO_TEXT))
+    # Not the token that ends a turn, behind which there is padding alone.
     inner_B -= layout.of_segments([0 if s.eos is None else len(s.kinds) - s.eos for s in segments])
     thinking_B = layout.of_segments([s.n_thinking for s in segments])
     unclosed = layout.flagged([s.row for s in segments if s.unclosed])
