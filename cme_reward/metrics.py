@@ -154,7 +154,7 @@ def repetitions(ids: Sequence[Int64], n: int = 4) -> Float64:
 
 
 def _sharing_a_slot(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Without most of those that occur once: sorting the rest takes a sixth of the time."""
+    """Without most of those that occur once: this and sorting the rest take 0.6 of the time."""
     n_bits = min(16 * len(hashes) + 1, 1 << 22).bit_length() - 1  # 16 MiB at most
     slots = (hashes & np.uint64((1 << n_bits) - 1)).astype(np.int64)
     own = np.arange(len(hashes), dtype=np.int32)

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cme_reward._ragged import Int64, flat_like, pad, place_of, require_pairs, row_offsets, split
+from cme_reward._ragged import (
+    Int64,
+    flat_like,
+    pad,
+    place_of,
+    require_pairs,
+    row_offsets,
+    split,
+    sums,
+)
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators.policy import PolicyStatistics
 from cme_reward.config import CMEConfig
@@ -50,8 +59,7 @@ class Call(NamedTuple):
 
     def row_sums(self, values_N: Float64) -> NDArray[Any]:
         """The sum of each response's sampled tokens, `[B]`."""
-        rows = np.repeat(np.arange(len(self.ids)), np.diff(self.offsets))
-        return np.bincount(rows, np.where(self.sampled_N, values_N, 0), len(self.ids))
+        return sums(np.where(self.sampled_N, values_N, 0), self.offsets)
 
 
 class Values(NamedTuple):

@@ -187,9 +187,9 @@ class SpanTable:
             kinds[row][(byte_ends > shown) & (n_bytes[row] > 0)] = UNFINISHED
             texts.append(text)
         if awkward:  # parts of characters, all of which are completed
-            at, row_starts = _tokens_of(sorted(awkward), offsets)
-            rows = _joined(raw, byte_offsets, sorted(awkward))
-            text, along = _along(rows, n_bytes[at], pieces.is_byte[ids[at]])
+            at, row_starts = _entries_of(sorted(awkward), offsets)
+            own, _ = _entries_of(sorted(awkward), byte_offsets)
+            text, along = _along(raw[own], n_bytes[at], pieces.is_byte[ids[at]])
             ends[at] = _row_cumsum(np.diff(along, prepend=0), row_starts)
             kinds[at] = kinds_of(text, along, n_bytes[at] > 0)
         return Decoded(texts, split(ends, offsets), split(kinds, offsets))
@@ -220,9 +220,9 @@ class SpanTable:
             ends = _row_cumsum(pieces.width[ids], offsets)
             awkward = [b for b in sorted(_rows_with(~pieces.whole[ids], offsets)) if proved[b]]
             if awkward:
-                at, row_starts = _tokens_of(awkward, offsets)
-                rows = _joined(raw, byte_offsets, awkward)
-                _, along = _along(rows, n_bytes[at], pieces.is_byte[ids[at]])
+                at, row_starts = _entries_of(awkward, offsets)
+                own, _ = _entries_of(awkward, byte_offsets)
+                _, along = _along(raw[own], n_bytes[at], pieces.is_byte[ids[at]])
                 ends[at] = _row_cumsum(np.diff(along, prepend=0), row_starts)
         encoded = Encoded(split(ids, offsets), split(ends, offsets), [_NO_HOLES] * len(texts))
         unproved = [b for b, row_proved in enumerate(proved) if not row_proved]
@@ -273,17 +273,11 @@ def _row_cumsum(widths: Int64, offsets: Int64) -> Int64:
     return total[1:] - np.repeat(total[offsets[:-1]], np.diff(offsets))
 
 
-def _tokens_of(rows: list[int], offsets: Int64) -> tuple[Int64, Int64]:
-    """Flat positions of the tokens of these rows, and the row offsets among them."""
+def _entries_of(rows: list[int], offsets: Int64) -> tuple[Int64, Int64]:
+    """Flat positions of the tokens, or bytes, of these rows, and the row offsets among them."""
     lengths = np.diff(offsets)[rows]
     starts = row_offsets(lengths)
     return np.arange(starts[-1]) + np.repeat(offsets[rows] - starts[:-1], lengths), starts
-
-
-def _joined(raw: NDArray[np.uint8], offsets: Int64, rows: list[int]) -> NDArray[np.uint8]:
-    """Some rows of flat bytes, one after the other."""
-    bounds = offsets.tolist()
-    return np.concatenate([raw[bounds[b] : bounds[b + 1]] for b in rows])
 
 
 def _along(raw: NDArray[np.uint8], n_bytes: Int64, is_byte: NDArray[np.bool_]) -> tuple[str, Int64]:

@@ -22,7 +22,7 @@ def counted(row: np.ndarray, n: int = 4) -> float:
         ([0, 3, 0, 4, 5, 0], 1),
         ([9, 0, 2, 70, 70], 2),
         (range(200), 3),
-        ([400] * 700, 20),  # 280,000 tokens: more 4-grams than a quarter of the slots
+        ([400] * 700, 20),  # 280,000 tokens: there are no more slots for more
         ([300_000, 0, 5], 150_000),
     ],
 )
