@@ -43,6 +43,11 @@ def world_of(given: argparse.Namespace) -> World:
     return World(given.out)
 
 
+def is_meant(text: str, name: str) -> bool:
+    """Is this the condition of that name? If none has it: does its name hold the text?"""
+    return text == name if text in CONDITIONS else text in name
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
     add = parser.add_argument
@@ -51,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seeds", type=int, default=3, help="seeds of every condition")
     only = f"only these conditions; {' and '.join(STUDY)}, which take hours, only so"
     add("--group", action="append", choices=GROUPS, help=only)
-    add("--only", action="append", metavar="TEXT", help="only conditions with TEXT in their name")
+    only = "only the condition of this name, or those with TEXT in their name"
+    add("--only", action="append", metavar="TEXT", help=only)
     add("--smoke", action="store_true", help="untrained toys, a minute: does it run at all?")
     add("--large", action="store_true", help="larger models, on a GPU where there is one")
     add("--report-only", action="store_true", help="write the report from the runs that are there")
@@ -60,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         c
         for name in (given.group or [group for group in GROUPS if group not in STUDY])
         for c in GROUPS[name]
-        if not given.only or any(text in c.name for text in given.only)
+        if not given.only or any(is_meant(text, c.name) for text in given.only)
     ]
     world = world_of(given)
     started = time.perf_counter()

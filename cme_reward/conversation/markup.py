@@ -79,7 +79,7 @@ class Markup:
     """
 
     def __init__(self, render: Render, prefill: str) -> None:
-        self._render = render
+        self._render = _remembered(render)
         self.prefill = prefill
         self.openings: dict[str, set[Opening]] = defaultdict(set)
         self.between: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -235,6 +235,19 @@ class Markup:
                 )
             else:
                 seen.append(role)
+
+
+def _remembered(render: Render) -> Render:
+    """The same, rendering nothing twice: most of what is asked for shares its history."""
+    written: dict[str, str | None] = {}
+
+    def remembered(messages: Sequence[Mapping[str, Any]], *, ask: bool) -> str | None:
+        key = json.dumps([ask, *messages])
+        if key not in written:
+            written[key] = render(messages, ask=ask)
+        return written[key]
+
+    return remembered
 
 
 def find_prefill(render: Render, tag: str = "") -> str:

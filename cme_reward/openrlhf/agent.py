@@ -12,6 +12,7 @@ from cme_reward.errors import ConfigError
 from cme_reward.openrlhf.score import make_scorer, prompt_of, score_rollout, shown
 from cme_reward.openrlhf.settings import load_settings
 from cme_reward.openrlhf.verifier import open_verifier
+from cme_reward.spans.pieces import vocabulary_sizes
 
 
 class _Scored:
@@ -60,14 +61,16 @@ class _Scored:
 
     async def _scorer(self, tokenizer: Any) -> tuple[Any, RenderedReader]:
         """Made for the first rollout's tokenizer. OpenRLHF sends a new copy with every prompt."""
-        policy = (tokenizer.name_or_path, len(tokenizer), tokenizer.chat_template)
+        policy = (tokenizer.name_or_path, vocabulary_sizes(tokenizer), tokenizer.chat_template)
         if self._made is None:
             self._policy = policy
             self._made = asyncio.create_task(asyncio.to_thread(self._make, tokenizer))
         elif policy != self._policy:
+            (size, added), (first_size, first_added) = policy[1], self._policy[1]
             raise ConfigError(
-                f"a rollout came with the tokenizer {policy[0]!r} ({policy[1]} tokens) after "
-                f"others with {self._policy[0]!r} ({self._policy[1]} tokens); expected one policy"
+                f"a rollout came with the tokenizer {policy[0]!r} ({size} tokens, {added} added) "
+                f"after others with {self._policy[0]!r} ({first_size} tokens, {first_added} "
+                "added); expected one policy"
             )
         return await asyncio.shield(self._made)
 

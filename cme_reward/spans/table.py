@@ -25,6 +25,7 @@ from cme_reward.spans.pieces import (
     plain_backend,
     require_fast,
     special_ids,
+    vocabulary_sizes,
     with_pieces,
 )
 from cme_reward.spans.repair import incremental_spans, offset_spans
@@ -59,8 +60,8 @@ _NO_HOLES = np.zeros((0, 2), dtype=np.int64)
 
 
 class _Tables(NamedTuple):
+    about: tuple[tuple[int, int], list[int]]
     vocab_size: int
-    special: list[int]
     backend: Any
     pieces: Any
 
@@ -71,11 +72,11 @@ _CACHE: WeakKeyDictionary[Any, _Tables] = WeakKeyDictionary()
 def _tables(tokenizer: Any) -> _Tables:
     require_fast(tokenizer)
     tables = _CACHE.get(tokenizer)
-    about = len(tokenizer), special_ids(tokenizer).tolist()
-    if tables is None or tables[:2] != about:  # tokens were added, or made special, since
+    about = vocabulary_sizes(tokenizer), special_ids(tokenizer).tolist()
+    if tables is None or tables.about != about:  # tokens were added, or made special, since
         backend = plain_backend(tokenizer.backend_tokenizer)
         require_faithful(tokenizer, backend)
-        tables = _Tables(*about, backend, build_pieces(tokenizer, backend))
+        tables = _Tables(about, len(tokenizer), backend, build_pieces(tokenizer, backend))
         _CACHE[tokenizer] = tables
     return tables
 
@@ -105,7 +106,7 @@ class SpanTable:
         self.tokenizer = tokenizer
         self.shown = tuple(shown)
         self.padded = padded
-        self.vocab_size, _, self._backend, self._pieces = _tables(tokenizer)
+        _, self.vocab_size, self._backend, self._pieces = _tables(tokenizer)
         if (shown or padded) and self._pieces is not None:
             names = tokenizer.convert_ids_to_tokens(list(shown))
             named = {i: str(name).encode() for i, name in zip(shown, names, strict=True)}

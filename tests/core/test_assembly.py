@@ -133,7 +133,7 @@ def naive(
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=60)  # of five responses each: making a reward takes longest
 @given(data=st.data())
 def test_both_sums_are_over_the_same_text(data: st.DataObject) -> None:
     kinds = ["bytes", "byte-level", "sentencepiece", "sentencepiece-dummy", "unigram", "wordpiece"]
@@ -149,19 +149,23 @@ def test_both_sums_are_over_the_same_text(data: st.DataObject) -> None:
     ]
     cme = CrossModelEntropy(Ensemble(members), generator, config)
     cme.warns = False
-    text = data.draw(st.sampled_from([t[:40] for t in TEXTS]))
-    ids = cme.table.encode(text)[0].tolist()
-    ids = ids[data.draw(st.integers(0, 3)) :]
-    ids += [generator.eos_token_id] * data.draw(st.integers(0, 1))
-    policy = [data.draw(st.integers(-40, 0)) / 8 for _ in ids]
-    tool = data.draw(st.integers(0, len(ids)))
-    mask = [int(not (tool <= t < tool + 2)) for t in range(len(ids))]
-    batch = cme(["p"], [ids], [mask], [policy])
-    sequence, tokens = naive(cme, "p", ids, mask, policy)
-    assert batch.sequence_rewards[0].item() == pytest.approx(sequence, rel=1e-6, abs=1e-6)
-    for t, scored in enumerate(batch.mask[0].tolist()):
-        expected = tokens[t] if scored else 0
-        assert batch.token_rewards[0, t].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    rows, masks, policies = [], [], []
+    for _ in range(5):
+        text = data.draw(st.sampled_from([t[:40] for t in TEXTS]))
+        ids = cme.table.encode(text)[0].tolist()
+        ids = ids[data.draw(st.integers(0, 3)) :]
+        ids += [generator.eos_token_id] * data.draw(st.integers(0, 1))
+        tool = data.draw(st.integers(0, len(ids)))
+        rows.append(ids)
+        masks.append([int(not (tool <= t < tool + 2)) for t in range(len(ids))])
+        policies.append([data.draw(st.integers(-40, 0)) / 8 for _ in ids])
+    batch = cme(["p"] * 5, rows, masks, policies)
+    for b, row in enumerate(zip(rows, masks, policies, strict=True)):
+        sequence, tokens = naive(cme, "p", *row)
+        assert batch.sequence_rewards[b].item() == pytest.approx(sequence, rel=1e-6, abs=1e-6)
+        for t, scored in enumerate(batch.mask[b].tolist()):
+            expected = tokens[t] if scored and t < len(row[0]) else 0
+            assert batch.token_rewards[b, t].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def padded(rows: list[list[int]], pad: int) -> torch.Tensor:

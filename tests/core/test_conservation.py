@@ -14,7 +14,7 @@ import pytest
 from tokenizer_kinds import BUILDERS, REAL, SHARED, TEXTS, by_name, load_tokenizer, shared_rows
 
 from cme_reward import SpanTable, align_batch
-from cme_reward.spans.table import Encoded
+from cme_reward.spans.table import Decoded, Encoded
 
 NAMES = REAL or sorted(BUILDERS)
 # Each is paired with all verifiers: minutes, with real texts.
@@ -49,13 +49,18 @@ def encode(name: str, texts: list[str]) -> Encoded:
     return encoded
 
 
-def worst_loss(generator: str, verifier: str, responses: list[list[int]]) -> float:
-    """Largest relative error of the total over the responses, for random verifier log-probs."""
-    texts, ends_T, _ = SpanTable(load_tokenizer(generator)).decode_batch(responses)
-    ids_S, ends_S, _ = encode(verifier, texts)
+def worst_losses(generator: str, responses: list[list[int]]) -> dict[str, float]:
+    """By verifier, the largest relative error of the total over the responses."""
+    decoded = SpanTable(load_tokenizer(generator)).decode_batch(responses)
+    return {verifier: worst_loss(decoded, verifier) for verifier in NAMES}
+
+
+def worst_loss(decoded: Decoded, verifier: str) -> float:
+    """The same of one verifier, for random log-probs."""
+    ids_S, ends_S, _ = encode(verifier, decoded.texts)
     rng = np.random.default_rng(0)
     logprobs = [-rng.exponential(scale=3, size=len(row)).astype(np.float32) for row in ids_S]
-    aligned = align_batch(logprobs, ends_S, ends_T)
+    aligned = align_batch(logprobs, ends_S, decoded.ends)
     totals = np.array([row.sum(dtype=np.float64) for row in logprobs])
     errors = np.array([row.sum() for row in aligned]) - totals
     assert all((row <= 1e-9).all() for row in aligned)
@@ -76,7 +81,7 @@ def test_every_text_is_tiled(name: str) -> None:
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_all_texts(generator: str) -> None:
     responses = [row.tolist() for row in encoded_texts(generator).ids]
-    losses = {verifier: worst_loss(generator, verifier, responses) for verifier in NAMES}
+    losses = worst_losses(generator, responses)
     assert max(losses.values()) <= 1e-9, losses
 
 
@@ -104,5 +109,5 @@ def test_damaged_ids(generator: str) -> None:
             else:
                 row[at : at + 2] = rng.choice(pieces, 3).tolist()
         responses.append([i for i in row if i < table.vocab_size])
-    losses = {verifier: worst_loss(generator, verifier, responses) for verifier in NAMES}
+    losses = worst_losses(generator, responses)
     assert max(losses.values()) <= 1e-9, losses
