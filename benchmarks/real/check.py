@@ -125,7 +125,7 @@ def report(folder: Path, console: Console) -> None:
     """What each condition became, mean and 95 % interval over seeds."""
     runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     columns = ("right, trained", "right, apart", "reference, trained", "reference, apart",
-               "length", "stopped", "repetition", "entropy")  # fmt: skip
+               "length", "stopped", "repetition", "copied", "entropy")  # fmt: skip
     sampled = ("sampled, trained", "sampled, apart")
     table = Table("reward", "lr", "updates", "seeds", *columns, *sampled)
     by: dict[tuple[str, float, int], list[dict[str, Any]]] = {}

@@ -63,6 +63,12 @@ def is_right(text: str, answers: Sequence[str]) -> bool:
     return any(re.search(rf"(?<!\w){re.escape(a)}(?!\w)", text, re.IGNORECASE) for a in answers)
 
 
+def is_copied(text: str, question: str) -> bool:
+    """Whether the text says something, and nothing but words of the question."""
+    said, asked = (set(re.findall(r"\w+", some.lower())) for some in (text, question))
+    return bool(said) and said <= asked
+
+
 class ShortQuestions:
     """Questions in the order of a seed.
 
@@ -166,7 +172,8 @@ class ShortQuestions:
     def measure(self, policy: Any) -> dict[str, Any]:
         """Greedy answers: accuracy on questions trained on and on those kept apart, and the signs
         of collapse. `reference` is the mean log-prob in nats of a question's first answer."""
-        prompt_ids = self.encode([q.prompt for q in self.questions])
+        prompts = [q.prompt for q in self.questions]
+        prompt_ids = self.encode(prompts)
         answers = self._tokenizer(
             [f" {q.answers[0]}" for q in self.questions], add_special_tokens=False
         )["input_ids"]
@@ -180,13 +187,13 @@ class ShortQuestions:
                 torch.distributions.Categorical(logits=logits).entropy()))  # fmt: skip
             known += self.logprobs(policy, prompt_ids[some], answers[some])
         texts = self.texts(response_ids)
-        right = self.marks([q.prompt for q in self.questions], texts)
         return {
-            **_by_split("right", self.questions, right),
+            **_by_split("right", self.questions, self.marks(prompts, texts)),
             **_by_split("reference", self.questions, [float(row.sum()) for row in known]),
             "length": statistics.mean(map(len, response_ids)),
             "stopped": statistics.mean(r[-1] == self._tokenizer.eos_token_id for r in response_ids),
             "repetition": repetition([np.array(row, dtype=np.int64) for row in response_ids]),
+            "copied": statistics.mean(map(is_copied, texts, prompts)),
             "entropy": float(torch.cat(entropy).mean()),
             "texts": texts,
         }

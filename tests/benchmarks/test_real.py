@@ -22,6 +22,7 @@ from benchmarks.real.questions import (
     OWN,
     Question,
     ShortQuestions,
+    is_copied,
     is_right,
     read_questions,
 )
@@ -35,6 +36,14 @@ def test_an_answer_is_words_of_its_own() -> None:
     assert not is_right("Romeo", ["Rome"])
     assert not is_right("18", ["8"])
     assert is_right("mercury", ["Mercury"])
+
+
+def test_a_copied_answer_has_no_word_of_its_own() -> None:
+    question = "What is the capital of Italy?"
+    assert is_copied("Italy.", question)
+    assert is_copied("the capital of Italy is Italy", question)
+    assert not is_copied("Rome is the capital", question)
+    assert not is_copied("?", question)
 
 
 def test_pairs_are_of_one_question_and_texts_count_once() -> None:
