@@ -19,6 +19,8 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 SHARED = Path(os.environ["CME_SHARED"]).resolve() if os.environ.get("CME_SHARED") else None
+if SHARED:
+    os.environ["CME_SHARED"] = str(SHARED)  # for processes that are started in other folders
 
 TEXTS = [
     "The unhappiness of one is the happiness of another, said Lily; then she laughed.",
