@@ -308,6 +308,16 @@ def test_tables_are_cached_until_tokens_are_added() -> None:
     assert second.decode([len(tokenizer) - 1])[0] == "<answer>"
 
 
+def test_a_second_table_does_not_count_the_vocabulary_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`len(tokenizer)` copies it: a tenth of a second for Gemma's."""
+    tokenizer = load_tokenizer("byte-level")
+    n = SpanTable(tokenizer).vocab_size
+    monkeypatch.setattr(type(tokenizer), "__len__", lambda _: pytest.fail("counted"))
+    assert SpanTable(tokenizer).vocab_size == n
+
+
 def test_pickles() -> None:
     table = pickle.loads(pickle.dumps(SpanTable(load_tokenizer("sentencepiece"))))
     assert table.decode(table.encode("back again")[0])[0] == "back again"
