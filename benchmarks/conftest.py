@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import platform
@@ -18,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizer_kinds import SHARED, load_tokenizer, shared_rows
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cme_reward import SpanTable
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ["CME_SHARED"]).resolve() if os.environ.get("CME_SHARED") else None
 RESPONSES = 512
 
 
@@ -199,10 +198,7 @@ def tables() -> dict[str, SpanTable]:
     """Three tokenizers, by role: two of byte-level BPE, and one with byte fallback."""
     if SHARED:
         names = {"llama": "llama3", "qwen": "qwen2.5", "gemma": "gemma3"}
-        made = {
-            role: AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
-            for role, name in names.items()
-        }
+        made = {role: load_tokenizer(name) for role, name in names.items()}
     else:
         texts = _stand_in_texts(200, "plain") + _stand_in_texts(100, "unicode")
         made = {
@@ -219,8 +215,8 @@ def responses(quick: bool) -> dict[str, list[str]]:
     n = 24 if quick else RESPONSES
     if SHARED is None:
         return {kind: _stand_in_texts(n, kind) for kind in ("plain", "unicode")}
-    plain = [row["response"] for row in _rows("alpacaeval") if row["response"].strip()]
-    mixed = [row["response"] for name in ("udhr", "strings") for row in _rows(name)]
+    plain = [row["response"] for row in shared_rows("dev_alpacaeval") if row["response"].strip()]
+    mixed = [row["response"] for name in ("udhr", "strings") for row in shared_rows(f"dev_{name}")]
     mixed = [text for text in mixed if any(char > "\u07ff" for char in text)]
     return {"plain": plain[:: len(plain) // n][:n], "unicode": mixed[:n]}
 
@@ -246,12 +242,6 @@ def corpora(tables: dict[str, SpanTable], responses: dict[str, list[str]]) -> di
                 verifier_logprobs=[-rng.exponential(2.0, size=n) for n in lengths],
             )
     return made
-
-
-def _rows(name: str) -> list[dict[str, Any]]:
-    assert SHARED is not None
-    with gzip.open(SHARED / "texts" / f"dev_{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def _stand_in_texts(n: int, kind: str) -> list[str]:

@@ -137,8 +137,8 @@ def test_two_policies_from_end_to_end(
     measure.main(command.split())
     assert Path("found/after.measures.json").stat().st_mtime_ns == stamp
     assert not Path("found/curves.png").exists()
-    command = "--model before --prompts prompts.jsonl --tokens 8 --chat-template template.jinja"
-    measure.main([*command.split(), "--out", "sampled", "--temperature", "1"])
+    command = command.replace("found", "sampled").replace("--model after ", "")
+    measure.main([*command.split(), "--temperature", "1"])
     rows = measure.read_lines(Path("sampled/before.jsonl"))
     assert {row["temperature"] for row in rows} == {1.0}
     assert [row["response"] for row in rows] != [row["response"] for row in answers]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,14 +12,14 @@ from typing import Any
 import numpy as np
 import oracle
 import torch
+from tokenizer_kinds import SHARED
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cme_reward.verifiers
 
 EMBEDDED = Path(cme_reward.verifiers.__file__).parent / "embedded"
-SHARED = os.environ.get("CME_SHARED")
-TRAINED = Path(SHARED) / "models" / "stories260K" if SHARED else EMBEDDED
+TRAINED = SHARED / "models" / "stories260K" if SHARED else EMBEDDED
 """A base model that others trained, with a SentencePiece tokenizer; the embedded chat model where
 there is none."""
 
