@@ -97,8 +97,20 @@ def of_marks(marks: Sequence[float], groups: Sequence[int], width: int) -> torch
     return group_advantages(marks_B1, torch.ones_like(marks_B1), groups).expand(-1, width)
 
 
-def given_by(scorer: Any, candidate: Candidate, policy: Any) -> Advantages:
-    """`(prompts, prompt_ids, response_ids, groups) -> advantages [B, T]` of a reward."""
+Rows = Sequence[Sequence[int]]
+
+
+def given_by(
+    scorer: Any,
+    candidate: Candidate,
+    policy: Any,
+    as_rewarded: Callable[[Rows], Rows] = lambda ids: ids,
+) -> Advantages:
+    """`(prompts, prompt_ids, response_ids, groups) -> advantages [B, T]` of a reward.
+
+    It is for the ids that `as_rewarded` makes of those that the policy sampled; what the policy
+    says of its samples is of the latter.
+    """
 
     def call(
         prompts: Sequence[str],
@@ -109,7 +121,7 @@ def given_by(scorer: Any, candidate: Candidate, policy: Any) -> Advantages:
         statistics = None
         if needed_statistics(scorer):
             statistics = policy_statistics(policy, prompt_ids, response_ids)
-        batch = call_reward(scorer, prompts, response_ids, None, statistics)
+        batch = call_reward(scorer, prompts, as_rewarded(response_ids), None, statistics)
         return candidate.advantages(batch, groups)
 
     return call

@@ -76,6 +76,7 @@ def advantages_of(name: str, environment: ShortQuestions, policy: Any, tokenizer
             ),
             candidate,
             policy,
+            environment.with_eos,
         )
 
     def oracle(prompts: Sequence[str], _: Any, response_ids: Any, groups: Any) -> torch.Tensor:

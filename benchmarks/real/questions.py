@@ -113,10 +113,7 @@ class ShortQuestions:
         ]
 
     def sample(self, policy: Any, prompt_ids: Ids, draws: torch.Generator | None) -> Ids:
-        """The end of an answer's line, which is no special token, is given as EOS.
-
-        Without `draws`, the likeliest tokens.
-        """
+        """What the policy wrote, its line's end included. Without `draws`, the likeliest tokens."""
         width, pad = max(map(len, prompt_ids)), self._tokenizer.pad_token_id
         ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompt_ids])
         mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids])
@@ -133,11 +130,16 @@ class ShortQuestions:
                 eos_token_id=self._stops,
                 pad_token_id=pad,
             )[:, width:]
-        return [self._answer(row) for row in out_BT.tolist()]
+        return [self._line(row) for row in out_BT.tolist()]
 
-    def _answer(self, row: list[int]) -> list[int]:
-        end = next((t for t, i in enumerate(row) if i in self._stops), None)
-        return row if end is None else [*row[:end], self._tokenizer.eos_token_id]
+    def _line(self, row: list[int]) -> list[int]:
+        end = next((t for t, i in enumerate(row) if i in self._stops), len(row))
+        return row[: end + 1]
+
+    def with_eos(self, response_ids: Sequence[Sequence[int]]) -> Ids:
+        """What a reward is to read: EOS in place of the line's end, which is no special token."""
+        eos = self._tokenizer.eos_token_id
+        return [[eos if i in self._stops else i for i in row] for row in response_ids]
 
     def logprobs(self, policy: Any, prompt_ids: Ids, response_ids: Ids) -> list[torch.Tensor]:
         return self._read(policy, prompt_ids, response_ids, lambda logits, target: -F.cross_entropy(
@@ -151,13 +153,10 @@ class ShortQuestions:
         value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> list[torch.Tensor]:
         """A value of the logits in front of each response's tokens; no others are computed."""
-        newline, eos = self._stops[0], self._tokenizer.eos_token_id
-        # The policy is asked for the line's end that it wrote.
-        written = [[newline if i == eos else i for i in row] for row in response_ids]
-        rows = [p + r for p, r in zip(prompt_ids, written, strict=True)]
+        rows = [p + r for p, r in zip(prompt_ids, response_ids, strict=True)]
         ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         before_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
-        for b, (row, response) in enumerate(zip(rows, written, strict=True)):
+        for b, (row, response) in enumerate(zip(rows, response_ids, strict=True)):
             ids_BT[b, : len(row)] = torch.tensor(row)
             before_BT[b, len(row) - len(response) - 1 : len(row) - 1] = True
         # Causal attention never looks right, so padding on the right needs no mask.
@@ -165,8 +164,8 @@ class ShortQuestions:
         logits = policy.lm_head(hidden[before_BT.to(policy.device)]).float()
         if cap := getattr(policy.config, "final_logit_softcapping", None):  # Gemma's
             logits = cap * torch.tanh(logits / cap)
-        target = torch.tensor([i for row in written for i in row], device=policy.device)
-        return list(value(logits, target).split([len(row) for row in written]))
+        target = torch.tensor([i for row in response_ids for i in row], device=policy.device)
+        return list(value(logits, target).split([len(row) for row in response_ids]))
 
     @torch.no_grad()
     def measure(self, policy: Any) -> dict[str, Any]:
@@ -191,7 +190,7 @@ class ShortQuestions:
             **_by_split("right", self.questions, self.marks(prompts, texts)),
             **_by_split("reference", self.questions, [float(row.sum()) for row in known]),
             "length": statistics.mean(map(len, response_ids)),
-            "stopped": statistics.mean(r[-1] == self._tokenizer.eos_token_id for r in response_ids),
+            "stopped": statistics.mean(r[-1] in self._stops for r in response_ids),
             "repetition": repetition([np.array(row, dtype=np.int64) for row in response_ids]),
             "copied": statistics.mean(map(is_copied, texts, prompts)),
             "entropy": float(torch.cat(entropy).mean()),

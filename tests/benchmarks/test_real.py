@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, build, trained_tokenizer
 
+from benchmarks.miniature.candidates import Candidate
 from benchmarks.real import check, form, models
 from benchmarks.real.questions import (
     EXAMPLES,
@@ -27,7 +28,7 @@ from benchmarks.real.questions import (
     read_questions,
 )
 from benchmarks.real.rollouts import Rollout, accuracy, pairs_of
-from cme_reward import CMEConfig, load_verifier
+from cme_reward import CMEConfig, CrossModelEntropy, load_verifier
 
 
 def test_an_answer_is_words_of_its_own() -> None:
@@ -111,13 +112,14 @@ def test_an_answer_ends_with_its_line_and_has_the_policys_logprobs(kind: str) ->
     tokenizer = environment._tokenizer
     policy = build(CONFIGS[kind], scale=3.0)
     newline, eos = tokenizer.encode("\n")[0], tokenizer.eos_token_id
-    assert environment._answer([5, 6, newline, 7]) == [5, 6, eos]
-    assert environment._answer([5, 6]) == [5, 6]
+    assert environment._line([5, 6, newline, 7]) == [5, 6, newline]
+    assert environment._line([5, 6]) == [5, 6]
     prompt_ids = environment.encode(["Where?", "Who is it?", "Why?"])
-    response_ids = [[5, 6, eos], [7], [8, 9, 10, 11]]
+    response_ids = [[5, 6, newline], [7], [8, 9, 10, 11]]
+    assert environment.with_eos(response_ids) == [[5, 6, eos], [7], [8, 9, 10, 11]]
     found = environment.logprobs(policy, prompt_ids, response_ids)
     for prompt, response, logp in zip(prompt_ids, response_ids, found, strict=True):
-        row = [*prompt, *(newline if i == eos else i for i in response)]
+        row = [*prompt, *response]
         with torch.no_grad():
             table = policy(torch.tensor([row])).logits[0].log_softmax(-1)
         for t, i in enumerate(row[len(prompt) :]):
@@ -130,6 +132,40 @@ def test_an_answer_ends_with_its_line_and_has_the_policys_logprobs(kind: str) ->
         environment.sample(policy, prompt_ids, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_lines_end_is_held_against_the_policys_own_chance_of_that_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The verifier reads an end of turn there, which a base model never writes."""
+    environment = tiny_environment()
+    tokenizer = environment._tokenizer
+    policy = build(CONFIGS["llama-tied"], scale=3.0)
+    verifier: Any = load_verifier("embedded", device="cpu")
+    prompts, newline = ["Where?", "Who is it?"], tokenizer.encode("\n")[0]
+    prompt_ids = environment.encode(prompts)
+    response_ids = [[5, 6, newline], [8, newline]]
+    own = environment.logprobs(policy, prompt_ids, response_ids)
+    seen = []
+
+    class Watched(Candidate):
+        def advantages(self, batch: Any, groups: Any) -> torch.Tensor:
+            seen.append(batch)
+            return super().advantages(batch, groups)
+
+    for baseline in ("none", "policy"):
+        config = {"baseline": baseline, "whitespace": "keep"}
+        monkeypatch.setitem(check.CONDITIONS, baseline, ("cme", config, Watched()))
+        give = check.advantages_of(baseline, environment, policy, tokenizer, verifier)
+        give(prompts, prompt_ids, response_ids, [0, 0])
+    eos = tokenizer.eos_token_id
+    cme = CrossModelEntropy(verifier, tokenizer)
+    read = cme(prompts, [[5, 6, eos], [8, eos]])
+    torch.testing.assert_close(seen[0].token_rewards, read.token_rewards)
+    assert read.mask.sum() == 5
+    for b, row in enumerate(own):
+        difference = (seen[0].token_rewards - seen[1].token_rewards)[b, : len(row)]
+        torch.testing.assert_close(difference, row.detach(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
