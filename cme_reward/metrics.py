@@ -28,7 +28,9 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "token_reward_mean": Metric("nats", "tokens", "mean reward of the tokens that have one"),
+    "token_reward_mean": Metric(
+        "nats", "tokens", "mean reward of the tokens that have one", worry="well above 0"
+    ),
     "token_reward_std": Metric(
         "nats", "tokens", "sample standard deviation of these rewards", worry="it goes to 0"
     ),

@@ -83,6 +83,17 @@ def _spread(series: Series) -> Iterator[str]:
         yield f"It went from {first:.3g} to {last:.3g}: rollouts hardly differ, nothing is learnt."
 
 
+def _positive(series: Series) -> Iterator[str]:
+    """No log-prob is; and less the sampler's own, its mean over samples is minus a divergence."""
+    mean = float(np.median(series.values))
+    if mean > 0.5:  # a little is the sampling's: top_p, a temperature that log-probs leave out
+        yield (
+            f"Its median is {mean:.2g} nats. What a policy samples is no likelier to another model "
+            'than to itself: with baseline="policy" the log-probs taken away must be of the ids '
+            "that were sampled, the one that ends a response included, at the sampling temperature."
+        )
+
+
 def _coverage(series: Series) -> Iterator[str]:
     low = float(series.values.min())
     if low < 0.99:
@@ -117,6 +128,7 @@ RULES: list[tuple[str, Callable[[Series], Iterator[str]]]] = [
     (r"cme/whitespace$", _rises(0.1, WHITESPACE)),
     (ENTROPY, _entropy),
     (r"cme/(token_reward_std|credited)$", _spread),
+    (r"cme/token_reward_mean$", _positive),
     (r"cme/coverage$", _coverage),
     (r"cme/truncated$", _truncated),
     (r"cme/length_correlation$", _explained),
