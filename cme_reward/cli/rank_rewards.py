@@ -98,8 +98,13 @@ class Policy:
     def read(
         self, rows: Sequence[Response], table: SpanTable, eos_id: int | None
     ) -> Iterator[PolicyStatistics | Bad]:
-        """What it says of each row's tokens, at temperature 1."""
-        return in_halves(rows, lambda part: self._read(part, row_ids(table, part, eos_id)))
+        """What it says of each row's tokens, at temperature 1.
+
+        Where texts end with `eos_id`, of what its own template writes there: a base model's may
+        end an answer with its line, and its EOS is then a token that it never writes.
+        """
+        own = eos_id if eos_id is None else self.format.end_of_turn
+        return in_halves(rows, lambda part: self._read(part, row_ids(table, part, own)))
 
     def _read(self, rows: Sequence[Response], ids: list[list[int]]) -> list[PolicyStatistics]:
         prompts: list[list[int]] = []

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from cme_reward import CMEConfig, CrossModelEntropy, TransformersVerifier, load_verifier
 from cme_reward.cli.app import app
 from cme_reward.comparators import load_reward, policy_statistics
 from cme_reward.comparators.policy import PolicyStatistics
+from cme_reward.conversation.format import PromptFormat
 
 EMBEDDED = Path(load_verifier.__code__.co_filename).parent / "embedded"
 ROWS: list[dict[str, Any]] = [
@@ -131,6 +134,33 @@ def test_controls_are_other_verifiers(tmp_path: Path) -> None:
     report = json.loads(run(*rewards("random"), "--json").stdout)
     assert report["scores"][0]["name"] == "embedded: mean (Eq. 3)"
     assert report["agreement"] == []  # of who judges, not of controls
+
+
+def test_a_base_model_is_asked_for_the_end_that_its_template_writes(
+    policy: Any, tmp_path: Path
+) -> None:
+    """Its EOS, which the verifier reads as the end of its turn, is a token it never writes."""
+    folder = tmp_path / "policy"
+    shutil.copytree(EMBEDDED, folder)
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert PromptFormat(tokenizer).end_of_turn == tokenizer.encode("\n")[0]
+    found = scored(
+        tmp_path / "out.jsonl", "--append-eos", "--policy", folder, *rewards("em-rl-sequence"),
+        "--generator-tokenizer", folder, "--set", "level=sequence", "--also", "baseline=policy",
+    )  # fmt: skip
+    _, prompts, ids = written(policy)
+    rendered = [PromptFormat(tokenizer).render(prompt) for prompt in prompts]
+    newline = tokenizer.encode("\n")
+    said = policy_statistics(policy.model, rendered, [[*row[:-1], *newline] for row in ids])
+    own = [float(row.sum()) for row in said.logprobs]
+    assert [s["em-rl-sequence"] for s in found] == pytest.approx(own, abs=2e-5)
+    config = CMEConfig(level="sequence", baseline="policy")
+    cme = CrossModelEntropy(policy, tokenizer, config)
+    expected = cme(prompts, ids, None, said.logprobs).sequence_rewards
+    name = "embedded, baseline=policy: mean (Eq. 3)"
+    assert [s[name] for s in found] == pytest.approx(expected.tolist(), abs=2e-5)
 
 
 def test_a_policy_that_is_its_own_verifier_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
