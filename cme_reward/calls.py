@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cme_reward._ragged import Int64, require_pairs, row_offsets
+from cme_reward._ragged import Int64, place_of, require_pairs, row_offsets
 from cme_reward.conversation.messages import Prompt
 from cme_reward.conversation.turns import Segment
 from cme_reward.errors import InputError, VerifierError
@@ -34,6 +34,27 @@ class Call(NamedTuple):
     ids: list[Int64]
     segments: list[Segment]
     policy: Float64 | None
+
+
+UNSAMPLED = -30.0
+"""Nats: one token in 10^13. What a policy gives less it does not sample, in any vocabulary."""
+
+
+def doubtful(policy_N: Float64, sampled_N: NDArray[np.bool_], offsets: Int64) -> str:
+    """Which log-prob is hardly that of what the policy sampled; empty where none is.
+
+    It is that of another token then: a row is shifted by one, or ends with an id that stands for
+    what the policy wrote there (a stop string, a line's end).
+    """
+    found = np.flatnonzero(sampled_N & np.isfinite(policy_N) & (policy_N < UNSAMPLED))
+    if not len(found):
+        return ""
+    b, position = place_of(found[0], offsets)
+    return (
+        f"policy_logprobs of response {b}, token {position} is {policy_N[found[0]]:.1f} nats, less "
+        "than a policy gives what it samples. Expected the log-prob of each sampled id, the one "
+        "that ends a response included, at the sampling temperature"
+    )
 
 
 class Answered(NamedTuple):

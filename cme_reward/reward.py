@@ -18,7 +18,7 @@ from cme_reward._together import ALONE as ALONE
 from cme_reward._together import timed, together
 from cme_reward.assembly import assemble
 from cme_reward.batch import CMEBatch
-from cme_reward.calls import Answered, Arguments, Call, merged, parted, united
+from cme_reward.calls import Answered, Arguments, Call, doubtful, merged, parted, united
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.messages import Prompt
 from cme_reward.conversation.turns import check_environment
@@ -60,7 +60,8 @@ class CrossModelEntropy(Closes):
     Attributes:
         generator: what is known of the sampler.
         members: a `MemberScorer` for each verifier.
-        warns: whether responses that do not fit the verifier's context are warned of, once.
+        warns: whether to warn, once each, of responses that do not fit the verifier's context and
+            of policy log-probs that are hardly those of what was sampled.
 
     Raises:
         TokenizerError: if a tokenizer does not load, or is not a fast one.
@@ -93,7 +94,7 @@ class CrossModelEntropy(Closes):
             template_kwargs=generator_template_kwargs,
             padded_vocabulary=padded_vocabulary,
         )
-        self.warns = True
+        self.warns, self._warned = True, set[str]()
 
     def for_generator(
         self,
@@ -259,15 +260,18 @@ class CrossModelEntropy(Closes):
     def _noted(self, batch: CMEBatch, waited: float, seconds: float) -> CMEBatch:
         batch.metrics["verifier_seconds"] = waited
         batch.metrics["alignment_seconds"] = seconds
-        if batch.metrics["truncated"] and self.warns:
-            self.warns = False
-            warnings.warn(
+        if batch.metrics["truncated"]:
+            self._warn(
+                "truncated",
                 f"{int(batch.metrics['truncated'])} of {len(batch.mask)} responses do not fit the "
-                "verifier's context; their tails are masked. The metric `truncated` keeps count, "
-                "this warning is not repeated",
-                stacklevel=3,
+                "verifier's context; their tails are masked. The metric `truncated` keeps count",
             )
         return batch
+
+    def _warn(self, about: str, says: str) -> None:
+        if self.warns and about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(f"{says}; this warning is not repeated", stacklevel=4)
 
     def _checked(
         self, prompts: Sequence[Prompt], response_ids: Any, response_masks: Any, policy: Any
@@ -284,6 +288,8 @@ class CrossModelEntropy(Closes):
                     "sampler gave each of its tokens"
                 )
             policy = flat_like(policy, offsets, "policy_logprobs").astype(np.float64)
+            if doubt := doubtful(policy, sampled, offsets):
+                self._warn("policy", doubt)
         return split(flat_ids, offsets), masks, policy if self.config.baseline == "policy" else None
 
 

@@ -154,6 +154,7 @@ def test_a_base_model_is_asked_for_the_end_that_its_template_writes(
     rendered = [PromptFormat(tokenizer).render(prompt) for prompt in prompts]
     newline = tokenizer.encode("\n")
     said = policy_statistics(policy.model, rendered, [[*row[:-1], *newline] for row in ids])
+    assert said.logprobs is not None
     own = [float(row.sum()) for row in said.logprobs]
     assert [s["em-rl-sequence"] for s in found] == pytest.approx(own, abs=2e-5)
     config = CMEConfig(level="sequence", baseline="policy")

@@ -372,6 +372,22 @@ def test_the_floor_and_the_policy_baseline() -> None:
         cme(["p"], [ids], policy_logprobs=[[0.0, math.nan, 0.0, 0.0]])
 
 
+def test_log_probs_that_no_sample_has_are_warned_of_once() -> None:
+    """As those of an EOS that stands for what a base model wrote there."""
+    cme, _, table = reward("bytes", "bytes", CMEConfig(baseline="policy"))
+    ids = sampled(table, "abcd")
+    usual, odd = [-0.25, -29.9, 0.0, -9.0], [-0.25, -3.0, -0.5, -41.2]
+    cme(["p"], [ids], policy_logprobs=[usual])
+    cme(["p"], [ids], [[True, True, True, False]], policy_logprobs=[odd])  # nobody sampled it
+    says = (
+        r"policy_logprobs of response 1, token 3 is -41\.2 nats, less than a policy gives what it"
+    )
+    with pytest.warns(UserWarning, match=says):
+        batch = cme(["p", "p"], [ids, ids], policy_logprobs=[usual, odd])
+    assert batch.token_rewards[1, 3].item() > 41 - 30
+    cme(["p"], [ids], policy_logprobs=[odd])  # an error where warnings are
+
+
 def test_sequence_level() -> None:
     cme, _, table = reward("byte-level", "bytes", CMEConfig(level="sequence", eps=0.0))
     rows = [sampled(table, "Yes, two.", eos=True), sampled(table, "No")]
