@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from cme_reward.advantages import group_advantages, returns_to_go
+from cme_reward.advantages import token_advantages
 from cme_reward.batch import CMEBatch
 from cme_reward.comparators import PolicyStatistics, needed_statistics, policy_statistics
 from cme_reward.curves.samples import FILE, Picked, is_due, keep, of_batch
@@ -127,27 +127,27 @@ class CMEGRPOTrainer(GRPOTrainer):
     def _cme_advantages(self, batch: CMEBatch, loss_mask_BT: torch.Tensor) -> torch.Tensor:
         """`[B, T]` for this process's completions, normalised over all processes' groups."""
         if batch.config.level == "token":
-            rewards, mask = batch.token_rewards, batch.mask
-            if batch.config.credit == "return":
-                rewards, mask = returns_to_go(rewards, mask, batch.sampled, batch.config.gamma)
-            wide = (0, loss_mask_BT.shape[1] - rewards.shape[1])
-            rewards = torch.nn.functional.pad(rewards, wide).to(loss_mask_BT.device)
-            mask = torch.nn.functional.pad(mask, wide).to(loss_mask_BT.device) & loss_mask_BT
+            wide = (0, loss_mask_BT.shape[1] - batch.mask.shape[1])
+            rewards, mask, sampled = (
+                torch.nn.functional.pad(own, wide).to(loss_mask_BT.device)
+                for own in (batch.token_rewards, batch.mask, batch.sampled)
+            )
+            mask, sampled = mask & loss_mask_BT, sampled & loss_mask_BT
         else:
             rewards = batch.sequence_rewards[:, None].to(loss_mask_BT.device)
-            mask = loss_mask_BT.any(dim=1, keepdim=True)
+            mask = sampled = loss_mask_BT.any(dim=1, keepdim=True)
         n, width = rewards.shape
-        # [B, 2, T]: one gather instead of two.
-        both = torch.stack([rewards, mask.to(rewards.dtype)], dim=1)
-        both = cast(torch.Tensor, self.accelerator.pad_across_processes(both, dim=2))
-        all_rewards, all_masks = self._everywhere(both.contiguous()).unbind(dim=1)
-        advantages = group_advantages(
-            all_rewards,
-            all_masks.bool(),
+        # [B, 3, T]: one gather instead of three.
+        all_three = torch.stack([rewards, mask.to(rewards), sampled.to(rewards)], dim=1)
+        all_three = cast(torch.Tensor, self.accelerator.pad_across_processes(all_three, dim=2))
+        rewards, mask, sampled = self._everywhere(all_three.contiguous()).unbind(dim=1)
+        advantages = token_advantages(
+            rewards,
+            mask.bool(),
+            sampled.bool(),
             # TRL lays the rollouts of a prompt one after the other, across processes.
-            torch.arange(len(all_rewards)) // self._mode()[1],
-            scale=batch.config.scale,
-            eps=batch.config.eps,
+            torch.arange(len(rewards)) // self._mode()[1],
+            **batch.config.of_advantages,
         )
         first = self.accelerator.process_index * n
         return advantages[first : first + n, :width] * loss_mask_BT
