@@ -44,8 +44,7 @@ CONDITIONS: dict[str, tuple[str, dict[str, Any], Candidate]] = {
     "token, white space kept": ("cme", {"whitespace": "keep"}, Candidate()),
     "token, policy baseline": ("cme", {**POLICY}, Candidate()),
     "sequence, policy baseline": ("cme", {"level": "sequence", **POLICY}, Candidate()),
-    "return, policy baseline, another question": (
-        "cme", {**RETURNS, **POLICY}, Candidate(astray=True)),
+    "return, another question": ("cme", {**RETURNS}, Candidate(astray=True)),
     "token, EOS masked": ("cme", {"eos": "mask"}, Candidate()),
     "sequence, EOS masked": ("cme", {"level": "sequence", "eos": "mask"}, Candidate()),
     "return, policy baseline, EOS masked": (
@@ -60,7 +59,7 @@ CONDITIONS |= {
     f"{name}, examples": (reward, {**config, "examples": EXAMPLES}, candidate)
     for name, (reward, config, candidate) in CONDITIONS.items()
     if name in ("token", "token, white space kept", "sequence", "return", "return, policy baseline",
-                "sequence, policy baseline", "return, policy baseline, another question", "random")
+                "sequence, policy baseline", "return, another question", "random")
 }  # fmt: skip
 
 
