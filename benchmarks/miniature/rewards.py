@@ -33,9 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 PAPER: dict[str, Any] = {"whitespace": "mask"}
 """Of conditions that say nothing else."""
-Advantages = Callable[
-    [Sequence[str], Sequence[Sequence[int]], Sequence[Sequence[int]], Sequence[int]], torch.Tensor
-]
+Rows = Sequence[Sequence[int]]
+Advantages = Callable[[Sequence[str], Rows, Rows, Sequence[int]], torch.Tensor]
 
 
 def verifier(cast: Cast, name: str, seed: int = 0) -> TransformersVerifier:
@@ -95,9 +94,6 @@ def of_marks(marks: Sequence[float], groups: Sequence[int], width: int) -> torch
     """GRPO's advantage of each response's mark, on all of its tokens: `[B, width]`."""
     marks_B1 = torch.tensor(marks, dtype=torch.float32)[:, None]
     return group_advantages(marks_B1, torch.ones_like(marks_B1), groups).expand(-1, width)
-
-
-Rows = Sequence[Sequence[int]]
 
 
 def given_by(
