@@ -103,7 +103,9 @@ class Policy:
         Where texts end with `eos_id`, of what its own template writes there: a base model's may
         end an answer with its line, and its EOS is then a token that it never writes.
         """
-        own = eos_id if eos_id is None else self.format.end_of_turn
+        own = eos_id
+        if eos_id is not None and self.format.end_of_turn is not None:
+            own = self.format.end_of_turn
         return in_halves(rows, lambda part: self._read(part, row_ids(table, part, own)))
 
     def _read(self, rows: Sequence[Response], ids: list[list[int]]) -> list[PolicyStatistics]:
