@@ -13,7 +13,7 @@ from benchmarks.miniature import ranking, report
 from benchmarks.miniature.cast import Scale
 from benchmarks.miniature.conditions import CONDITIONS, GROUPS, STUDY
 from benchmarks.miniature.models import Size
-from benchmarks.miniature.runs import World, run_all
+from benchmarks.miniature.runs import Job, World, run_all
 
 SMALL = Scale(
     generator=Size(16, 1),
@@ -48,13 +48,27 @@ def is_meant(text: str, name: str) -> bool:
     return text == name if text in CONDITIONS else text in name
 
 
+def jobs_of(given: argparse.Namespace) -> list[Job]:
+    """Every condition that is meant, with each of its seeds."""
+    groups = given.group or [g for g in GROUPS if given.study or g not in STUDY]
+    return [
+        (condition, seed)
+        for group in groups
+        for condition in GROUPS[group]
+        if not given.only or any(is_meant(text, condition.name) for text in given.only)
+        for seed in range(condition.seeds if given.seeds is None else given.seeds)
+    ]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("miniature-output"), help="folder; runs in it are kept")
     add("--workers", type=int, default=2, help="processes of one thread each; 0: in this one")
-    add("--seeds", type=int, default=3, help="seeds of every condition")
-    only = f"only these conditions; {' and '.join(STUDY)}, which take hours, only so"
+    add("--seeds", type=int, help="of every condition; default: as many as the study has")
+    study = "all groups, also those that take hours: three in two processes, kept when interrupted"
+    add("--study", action="store_true", help=study)
+    only = f"only these conditions; {', '.join(STUDY)} only so, or with --study"
     add("--group", action="append", choices=GROUPS, help=only)
     only = "only the condition of this name, or those with TEXT in their name"
     add("--only", action="append", metavar="TEXT", help=only)
@@ -62,21 +76,17 @@ def main(arguments: list[str] | None = None) -> None:
     add("--large", action="store_true", help="larger models, on a GPU where there is one")
     add("--report-only", action="store_true", help="write the report from the runs that are there")
     given = parser.parse_args(arguments)
-    chosen = [
-        c
-        for name in (given.group or [group for group in GROUPS if group not in STUDY])
-        for c in GROUPS[name]
-        if not given.only or any(is_meant(text, c.name) for text in given.only)
-    ]
     world = world_of(given)
     started = time.perf_counter()
+    jobs = jobs_of(given)
     if not given.report_only:
-        run_all(world, chosen, range(given.seeds), given.workers)
+        run_all(world, jobs, given.workers)
         if not given.group and not given.only:
             ranking.rank(world)
     page = report.write(world)
     print(f"{page}: the report")
-    print(f"{len(chosen)} of {len(CONDITIONS)} conditions, {time.perf_counter() - started:.0f} s")
+    count = len({condition.name for condition, _ in jobs})
+    print(f"{count} of {len(CONDITIONS)} conditions, {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ class Condition:
     """Of an update; None: the usual number."""
     kl: float = 0.0
     """Weight of the divergence from the generator as it was."""
+    seeds: int = 3
+    """How many runs it has unless told: what its question needs and three hours of study allow."""
 
     def settings(self, base: Settings) -> Settings:
         lr = base.lr if self.lr is None else self.lr
@@ -118,17 +120,19 @@ def _lessons() -> list[Condition]:
 def _horizon() -> list[Condition]:
     """What a token is credited with, over ten times the usual updates, without the cosine."""
 
-    def ten(name: str, **config: Any) -> Condition:
-        return Condition(f"horizon: {name}", config=config, steps=1000, cosine=False, every=50)
+    def ten(name: str, seeds: int = 3, **config: Any) -> Condition:
+        return Condition(
+            f"horizon: {name}", config=config, steps=1000, cosine=False, every=50, seeds=seeds
+        )
 
     returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
     policy: dict[str, Any] = {"baseline": "policy"}
     return [
-        ten("token"),
-        ten("sequence", level="sequence"),
-        ten("return", **returns),
+        ten("token", 11),
+        ten("sequence", 11, level="sequence"),
+        ten("return", 11, **returns),
         ten("token, policy baseline", **policy),
-        ten("return, policy baseline", **returns, **policy),
+        ten("return, policy baseline", 11, **returns, **policy),
         ten("sequence, policy baseline", level="sequence", **policy),
         ten("token, EOS masked", eos="mask"),
         ten("token, eps 1e-4", eps=1e-4),
@@ -142,8 +146,9 @@ def _screen() -> list[Condition]:
 
     def twice(name: str, change: Candidate = Candidate(), **config: Any) -> Condition:  # noqa: B008
         return Condition(
-            f"screen: {name}", config=config, candidate=change, steps=200, cosine=False, every=50
-        )
+            f"screen: {name}", config=config, candidate=change, steps=200, cosine=False, every=50,
+            seeds=4,
+        )  # fmt: skip
 
     returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
     sequence: dict[str, Any] = {"level": "sequence"}
@@ -175,7 +180,9 @@ def _claims() -> list[Condition]:
     """The paper's settings, over twice the usual updates, without the cosine."""
 
     def twice(name: str, **config: Any) -> Condition:
-        return Condition(f"claims: {name}", config=config, steps=200, cosine=False, every=50)
+        return Condition(
+            f"claims: {name}", config=config, steps=200, cosine=False, every=50, seeds=24
+        )
 
     return [
         twice("token"),
@@ -204,11 +211,12 @@ def _harder() -> list[Condition]:
         reward: str = "cme",
         kl: float = 0.0,
         steps: int = 200,
+        seeds: int = 1,
         **config: Any,
     ) -> Condition:
         return Condition(
             f"harder: {name}", reward, MIDDLING, config=config, candidate=change, kl=kl,
-            steps=steps, cosine=False, lr=LONG_LR, every=50, half="long", prompts=4,
+            steps=steps, cosine=False, lr=LONG_LR, every=50, half="long", prompts=4, seeds=seeds,
         )  # fmt: skip
 
     returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
@@ -216,15 +224,15 @@ def _harder() -> list[Condition]:
     policy: dict[str, Any] = {"baseline": "policy"}
     keep: dict[str, Any] = {"whitespace": "keep"}
     return [
-        harder("token"),
-        harder("sequence", **sequence),
+        harder("token", seeds=8),
+        harder("sequence", seeds=4, **sequence),
         harder("return", **returns),
         harder("return, policy baseline", **returns, **policy),
         harder("oracle", reward="oracle"),
         harder("random verifier, sequence", reward="random", **sequence),
         harder("sequence, policy baseline", **sequence, **policy),
         harder("token, policy baseline", **policy),
-        harder("token, white space kept", **keep),
+        harder("token, white space kept", seeds=8, **keep),
         harder("token, white space kept, policy baseline", **keep, **policy),
         harder("return, white space kept, policy baseline", **returns, **policy, **keep),
         harder("return, gamma 0.95", **returns, gamma=0.95),
@@ -271,5 +279,5 @@ GROUPS: dict[str, list[Condition]] = {
     "harder": _harder(),
 }
 STUDY = ("horizon", "screen", "claims", "harder")
-"""Groups that take hours: only where they are asked for."""
+"""Groups that take hours: only where they, or the study, are asked for."""
 CONDITIONS: dict[str, Condition] = {c.name: c for group in GROUPS.values() for c in group}

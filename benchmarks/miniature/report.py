@@ -69,13 +69,12 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
         ("model", "accuracy"),
         [[name, f"{accuracy:.2f}"] for name, accuracy in found["cast"].items()],
     )
-    seeds = len(found["seeds"])
     parts = [
         (
             "Claims",
-            f"{PAPER} Intervals are 95 % over {seeds} seeds (Student's t; differences paired by "
-            f"seed), each of {found['questions']} held-out questions. A verdict needs an interval "
-            "on one side; claims about means say so.",
+            f"{PAPER} Intervals are 95 % over seeds (Student's t; differences paired by seed), "
+            f"each of {found['questions']} held-out questions. A verdict needs an interval on one "
+            "side; claims about means say so.",
             claims,
         ),
         ("Models before training", "Greedy accuracy on held-out questions.", cast),
@@ -98,8 +97,11 @@ def sections(found: dict[str, Any]) -> list[tuple[str, str, Table]]:
         if group == "harder" and names:
             chosen = [summary.LONG_BASE, *names]
         if names:
-            table = [[n, *(_cell(rows[n], key) for key, _ in COLUMNS)] for n in chosen]
-            header = ("condition", *(label for _, label in COLUMNS))
+            table = [
+                [n, str(len(rows[n]["seeds"])), *(_cell(rows[n], key) for key, _ in COLUMNS)]
+                for n in chosen
+            ]
+            header = ("condition", "seeds", *(label for _, label in COLUMNS))
             text = "Mean ± half the 95 % interval."
             if drifts:
                 header, table = (

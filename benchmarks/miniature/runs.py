@@ -126,14 +126,16 @@ def measured(world: World, name: str, seed: int = 0, half: str = "short") -> dic
     return json.loads(file.read_text())
 
 
-def run_all(
-    world: World, conditions: Sequence[Condition], seeds: Sequence[int], workers: int
-) -> None:
-    """Train the cast, then run every condition with every seed, in so many processes."""
+Job = tuple[Condition, int]
+"""A condition and a seed."""
+
+
+def run_all(world: World, jobs: Sequence[Job], workers: int) -> None:
+    """Train the cast, then run every job, in so many processes."""
     # The long ones last, so that what an interrupted session leaves is worth most.
-    jobs = sorted(((c, seed) for seed in seeds for c in conditions), key=lambda job: job[0].steps)
+    jobs = sorted(jobs, key=lambda job: (job[0].steps, job[1]))
     # Tuned models start from others, which have to be there.
-    stages = [stage for half in HALVES for stage in _stages(conditions, seeds, half)]
+    stages = [stage for half in HALVES for stage in _stages(jobs, half)]
     if workers == 0:
         for job in chain(*stages):
             measured(world, *job)
@@ -149,22 +151,23 @@ def run_all(
             _tell(count, len(jobs), done.result())
 
 
-def _stages(
-    conditions: Sequence[Condition], seeds: Sequence[int], half: str
-) -> list[list[tuple[str, int, str]]]:
-    """The models that the conditions of a half need, as what can be trained at once."""
-    conditions = [c for c in conditions if c.half == half]
-    if not conditions:
+def _stages(jobs: Sequence[Job], half: str) -> list[list[tuple[str, int, str]]]:
+    """The models that the jobs of a half need, as what can be trained at once."""
+    jobs = [job for job in jobs if job[0].half == half]
+    if not jobs:
         return []
-    regimes = {c.regime for c in conditions}
-    fixed = {(c.verifier, 0) for c in conditions if c.reward in ("cme", "rlme")}
-    fixed |= {model for c in conditions for model in others(c)}
+    fixed = {(c.verifier, 0) for c, _ in jobs if c.reward in ("cme", "rlme")}
+    fixed |= {model for c, _ in jobs for model in others(c)}
     if half == "short":
         fixed |= {("verifier-4", 0), ("reference", 0)}
+
+    def begun_with(*regimes: str) -> list[tuple[str, int]]:
+        return [(regimes[0], seed) for seed in sorted({s for c, s in jobs if c.regime in regimes})]
+
     stages = [
-        [*sorted(fixed), *(("pretrained", seed) for seed in seeds)],
-        [("sft", seed) for seed in seeds if regimes & {"sft", "preference"}],
-        [("preference", seed) for seed in seeds if "preference" in regimes],
+        [*sorted(fixed), *begun_with("pretrained", "sft", "preference")],
+        begun_with("sft", "preference"),
+        begun_with("preference"),
     ]
     return [[(name, seed, half) for name, seed in stage] for stage in stages]
 

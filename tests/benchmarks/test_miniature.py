@@ -19,7 +19,7 @@ from trl_tiny import tokenizer as other_tokenizer
 
 from benchmarks.grpo import Settings, divergence, train
 from benchmarks.miniature import decide, evaluate, grammar, models, rewards, ship, tasks, vocabulary
-from benchmarks.miniature.__main__ import SMALL, main
+from benchmarks.miniature.__main__ import SMALL, jobs_of, main
 from benchmarks.miniature.candidates import (
     Candidate,
     centred,
@@ -374,6 +374,23 @@ def test_conditions_are_named_once_and_known() -> None:
     assert other_tokenizer().get_vocab() != vocabulary.generator_tokenizer().get_vocab()
 
 
+def test_the_study_is_every_condition_with_the_seeds_it_needs() -> None:
+    given = SimpleNamespace(group=None, only=None, seeds=None, study=True)
+    seeds = Counter(condition.name for condition, _ in jobs_of(given))
+    assert set(seeds) == set(CONDITIONS)
+    assert seeds["claims: token"] == 24
+    assert seeds["horizon: return"] == 11
+    given.study = False
+    short = Counter(condition.name for condition, _ in jobs_of(given))
+    assert not any(name.startswith(tuple(decide.PAIRS)) for name in short)
+    assert set(short.values()) == {3}
+    given.seeds, given.group, given.only = 2, ["claims"], ["claims: token"]
+    assert [(c.name, seed) for c, seed in jobs_of(given)] == [
+        ("claims: token", 0),
+        ("claims: token", 1),
+    ]
+
+
 def test_the_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One process, two seeds: runs, is not run again, and says what holds."""
     arguments = ["--smoke", "--out", str(tmp_path), "--workers", "0", "--seeds", "2"]
@@ -387,7 +404,7 @@ def test_the_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     main(arguments)
     assert stamps == [file.stat().st_mtime_ns for file in files]
     report = (tmp_path / "report.md").read_text()
-    assert "CME, token" in report
+    assert "| CME, token | 2 |" in report
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page
