@@ -18,7 +18,7 @@ from cme_reward.alignment import align_batch
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.format import PROMPTS_KEPT, PromptFormat
 from cme_reward.conversation.messages import Prompt
-from cme_reward.conversation.thinking import starts_with_thought
+from cme_reward.conversation.thinking import Start, start_of
 from cme_reward.conversation.turns import Segment, Shown
 from cme_reward.errors import VerifierError
 from cme_reward.spans.table import Encoded, SpanTable
@@ -187,18 +187,16 @@ class MemberScorer:
             prompt, said = (
                 (s.chat_prompt, s.chat_said) if self.format.is_chat else (s.prompt, s.said)
             )
-            # A thought of the response stands in place of one that this template would begin.
-            prefill = not (
-                self.format.prefill
-                and starts_with_thought((said, s.text), self.config.thinking_tags[0])
-            )
+            start: Start = "answer"
+            if self.format.prefill or self.format.header:
+                start = start_of((said, s.text), self.config.thinking_tags)
             key = prompt_key(prompt), said
-            render = partial(self._render, prompt, said, prefill)
-            prompts.append(self._rendered.get((*key, prefill), render, sum(map(len, key))))
+            render = partial(self._render, prompt, said, start)
+            prompts.append(self._rendered.get((*key, start), render, sum(map(len, key))))
         return prompts
 
-    def _render(self, prompt: Prompt, said: str, prefill: bool) -> Int64:
-        ids = np.array(self.format.render(prompt, prefill=prefill), dtype=np.int64)
+    def _render(self, prompt: Prompt, said: str, start: Start) -> Int64:
+        ids = np.array(self.format.render(prompt, start), dtype=np.int64)
         if said:
             ids = np.concatenate([ids, self.table.encode(self.format.lead + said)[0]])
         return ids

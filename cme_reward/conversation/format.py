@@ -23,6 +23,7 @@ from cme_reward.conversation.messages import (
     plain_content,
     with_texts,
 )
+from cme_reward.conversation.thinking import Start, start_of
 from cme_reward.errors import InputError
 
 PROMPTS_KEPT = 2048, 2**24
@@ -41,9 +42,12 @@ class PromptFormat:
         end_of_turn: id of the first token the chat template writes after an assistant message; for
             a base model its EOS, and for a template without such messages; None where there is
             neither.
-        lead: white space that the template writes between the generation prompt and the message
-            (Llama-2 has one space), to be put in front of responses.
+        lead: white space that the template writes right before the message (Llama-2 has one
+            space), to be put in front of responses.
         prefill: what the generation prompt writes at the start of the message, such as `<think>`.
+        header: what the template writes there of a finished message, if that is another place to
+            answer at: the channel of gpt-oss, Qwen3's empty thought, nothing where the generation
+            prompt begins a thought; None where an answer goes on from the generation prompt.
     """
 
     def __init__(self, tokenizer: Any, config: CMEConfig = CMEConfig()) -> None:  # noqa: B008 (frozen)
@@ -56,7 +60,8 @@ class PromptFormat:
         self.template_kwargs = dict(config.chat_template_kwargs)
         self.end_of_turn: int | None = tokenizer.eos_token_id
         self.lead = self.prefill = ""
-        self._tag = config.thinking_tags[0]
+        self.header: str | None = None
+        self._tags = config.thinking_tags
         self._special = special_names(tokenizer)
         self._forms: LRU[int] = LRU(*PROMPTS_KEPT)
         if self.is_chat:
@@ -71,12 +76,19 @@ class PromptFormat:
             return
         written = self._written(example, add_generation_prompt=False)
         body, _, tail = written.rpartition(_REPLY)
-        if body.startswith(before) and body[len(before) :].isspace():
-            self.lead = body[len(before) :]
         # Llama-2 writes " </s>": the space belongs to no token of its own.
         ids = self.tokenizer.encode(tail.lstrip(" ") or tail, add_special_tokens=False)
         self.end_of_turn = ids[0] if ids else self.end_of_turn
-        self.prefill = find_prefill(self._tried, self._tag)
+        self.prefill = find_prefill(self._tried, self._tags[0])
+        start = before
+        if start_of([self.prefill], self._tags) == "thought" and self._tags[1] not in self.prefill:
+            start = before.removesuffix(self.prefill)
+        header = body[len(start) :] if body.startswith(start) else ""
+        if self._tags[0] not in header:
+            self.lead = header[len(header.rstrip()) :]
+        header = header.removesuffix(self.lead)
+        if start != before or header:
+            self.header = header
 
     def _tried(self, messages: Sequence[Message], *, ask: bool) -> str | None:
         """The messages as they are; None where the template refuses them."""
@@ -85,12 +97,25 @@ class PromptFormat:
         except Exception:  # in any way it likes
             return None
 
-    def render(self, prompt: Prompt, *, prefill: bool = True) -> list[int]:
+    def opening(self, start: Start = "answer") -> str:
+        """What stands between the start of the assistant's message and a response.
+
+        In front of an answer it is what the template writes of a finished message, so that a model
+        which thinks is not asked for an answer inside a thought. A response that brings a thought
+        gets none of the template's, and one that begins inside a thought goes on with that of the
+        generation prompt.
+        """
+        if start == "answer" and self.header is not None:
+            return self.header
+        thinks = self._tags[0] in (self.header or "")
+        channel = "" if thinks else self.header or ""
+        return ("" if start == "thought" else self.prefill) + channel
+
+    def render(self, prompt: Prompt, start: Start = "answer") -> list[int]:
         """Token ids of everything before a response; never empty, never with a double BOS.
 
-        A string prompt is one user message to a chat model, and plain text to a base model. Without
-        `prefill` the prompt ends where the assistant's message starts, for one that brings a
-        thought of its own.
+        A string prompt is one user message to a chat model, and plain text to a base model. `start`
+        says how the response begins, see `opening`.
 
         Raises:
             InputError: for a conversation that the template refuses or does not show in full, or
@@ -108,7 +133,7 @@ class PromptFormat:
                 changed = [with_texts(message, change) for message in shown]
                 try:
                     text = self._written(changed, add_generation_prompt=True)
-                    return text if prefill else text.removesuffix(self.prefill)
+                    return text.removesuffix(self.prefill) + self.opening(start)
                 except Exception as error:  # it showed such messages, and objects to what these say
                     raise InputError(self._refusal(_refused(messages, error))) from error
 

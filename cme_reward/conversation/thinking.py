@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -70,13 +71,24 @@ def _events(piece: Piece, tags: tuple[str, str]) -> list[tuple[int, int, bool]]:
         return []
     found = re.finditer("|".join(map(re.escape, tags)), piece.text)
     events = [(m.start(), m.end(), m[0] == tags[0]) for m in found]
-    return sorted([*events, *((at, at, opens) for at, opens in piece.tags)])
+    of_ids = ((at, at, opens) for at, opens in piece.tags)
+    # Tags of no text may share a place, and stay in the order of their tokens.
+    return sorted([*events, *of_ids], key=lambda event: event[:2])
 
 
 def _after_space(text: str, start: int) -> int:
     return len(text) - len(text[start:].lstrip())
 
 
-def starts_with_thought(texts: Iterable[str], tag: str) -> bool:
-    """Does a message of these texts, one after the other, begin with the opening tag?"""
-    return "".join(texts).lstrip().startswith(tag)
+Start = Literal["answer", "thought", "inside"]
+"""How a message begins: with its answer, with an opening tag, or inside a thought that its first
+tag closes."""
+
+
+def start_of(texts: Iterable[str], tags: Sequence[str]) -> Start:
+    """How a message of these texts, one after the other, begins."""
+    text = "".join(texts)
+    if text.lstrip().startswith(tags[0]):
+        return "thought"
+    before, closing, _ = text.partition(tags[1])
+    return "inside" if closing and tags[0] not in before else "answer"

@@ -269,7 +269,7 @@ def _segment(row: int, part: _Part, start: int, stop: int, at: tuple[int, int]) 
         in_answer = share_T > 0
         kept = (kinds == NO_TEXT) | (kinds == UNFINISHED)
         kinds = np.where(kept, kinds, np.where(in_answer, kinds_of(text, ends, in_answer), THOUGHT))
-    eos = None if part.eos is None or part.eos < start else part.eos - start
+    eos = None if part.eos is None or not start <= part.eos < stop else part.eos - start
     return Segment(row, part.start + start, part.start + stop, "", "", "", "", text, ends,
                    kinds.astype(np.uint8), eos, word_space=False, share_T=share_T)  # fmt: skip
 

@@ -244,7 +244,7 @@ def test_tool_calls_are_shown_as_the_template_shows_them() -> None:
         return
     assert rendered(text_calls, conversation) == (
         '<|im_start|>user 2 + 3?<|im_end|><|im_start|>call add {"a": "two", "b": 3}<|im_end|>'
-        "<|im_start|>tool 5<|im_end|><|im_start|>"
+        "<|im_start|>tool 5<|im_end|><|im_start|>assistant"  # and a space in front of the answer
     )
 
 

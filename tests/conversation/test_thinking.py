@@ -21,6 +21,28 @@ ASK = [{"role": "user", "content": "2 + 2?"}]
 HEAD = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
 
 
+def answering(written: str, asked: str = "") -> str:
+    """ChatML with this in front of what an assistant says, and at the end of generation prompts."""
+    messages = CHATML.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}" + written + "{% endif %}{{ m.content }}"
+    )
+    assert messages != CHATML
+    return messages.replace("assistant\n{% endif %}", f"assistant\n{asked}{{% endif %}}")
+
+
+VERIFIERS = {
+    "opens": answering("", "<think>\n"),  # DeepSeek-R1
+    "empty": answering(
+        "{% if '<think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+    ),  # Qwen3
+    "both": answering(
+        "{% if '<think>' not in m.content %}<think></think>{% endif %}", "<think>\n"
+    ),  # Nemotron 3
+    "closed": answering("", "<think></think>"),  # told not to think
+    "channel": answering("<|final|>"),  # gpt-oss
+}
+
+
 def answers(*texts: str, tags: list[tuple[int, bool]] | None = None) -> list[Any]:
     pieces = [Piece(text) for text in texts]
     pieces[0].tags = tags or []
@@ -170,22 +192,63 @@ def test_a_thought_that_was_cut_off_has_no_answer(mode: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "response", "expected"),
+    ("verifier", "prompt", "response", "begun"),
     [
-        (PREFILLS, "so</think>Four.", "so</think>Four."),  # both begin a thought: there is one
-        (CHATML, "<think>so</think>Four.", "<think>so</think>Four."),
-        (CHATML, "Four.", "Four."),  # read as the thought that the verifier's template begins
+        ("opens", ASK, "<think>so</think>Four.", ""),  # both begin a thought: there is one
+        ("opens", "2 + 2?", "so</think>Four.", "<think>\n"),  # opened unseen
+        ("opens", ASK, "Four.", ""),  # in no thought
+        ("opens", ASK, "Well. <think>so</think>Four.", ""),
+        ("empty", ASK, "Four.", "<think>\n\n</think>\n\n"),
+        ("empty", ASK, "<think>so</think>Four.", ""),
+        ("empty", "2 + 2?", "so</think>Four.", ""),
+        ("both", ASK, "Four.", "<think></think>"),
+        ("both", ASK, "<think>so</think>Four.", ""),
+        ("both", "2 + 2?", "so</think>Four.", "<think>\n"),
+        ("closed", ASK, "Four.", "<think></think>"),
+        ("closed", ASK, "<think>so</think>Four.", ""),
+        ("channel", ASK, "Four.", "<|final|>"),
+        ("channel", ASK, "<think>so</think>Four.", "<|final|>"),
     ],
 )
-def test_a_verifier_whose_template_begins_a_thought(
-    template: str, response: str, expected: str
+def test_where_a_verifier_reads_an_answer(
+    verifier: str, prompt: Any, response: str, begun: str
 ) -> None:
-    thinks = copy.deepcopy(load_tokenizer("byte-level"))
-    thinks.chat_template = PREFILLS
-    stub, tokenizer = TableVerifier(thinks), generator(template)
-    CrossModelEntropy(stub, tokenizer)([ASK], [tokenizer.encode(response)])
-    begun = "" if response.startswith("<think>") else "<think>\n"
-    assert shown(stub) == [(HEAD + begun, expected)]
+    """At the place at which its template writes one in a finished message, see VERIFIERS."""
+    reads = copy.deepcopy(load_tokenizer("byte-level"))
+    reads.chat_template = VERIFIERS[verifier]
+    stub, tokenizer = TableVerifier(reads), generator()
+    CrossModelEntropy(stub, tokenizer)([prompt], [tokenizer.encode(response)])
+    assert shown(stub) == [(HEAD + begun, response)]
+    if response.startswith("so"):
+        return  # a message whose thought has no beginning is written by no template
+    written = reads.apply_chat_template(
+        [*ASK, {"role": "assistant", "content": response}], tokenize=False
+    )
+    only_asked = verifier == "closed" and bool(begun)
+    assert (HEAD + begun + response in written) is not only_asked
+
+
+@pytest.mark.parametrize("mode", ["condition", "hide"])
+def test_an_end_of_turn_ends_the_last_answer_only(mode: Any) -> None:
+    """Whatever stands in front of thoughts is no turn of its own."""
+    for response, n in (("Well <think>so</think>four <think>hm</think>it is.", 3),
+                        (" <think>so</think>four", 2)):  # fmt: skip
+        batch, stub, _ = scored(response, CMEConfig(thinking=mode), generator())
+        asked = [text for _, text in shown(stub)]
+        assert [text.endswith(END) for text in asked] == [False] * (n - 1) + [True]
+        sums = sum(logprob_of(np.array(row)).sum() for row in stub.responses)
+        assert batch.token_rewards[0].sum().item() == pytest.approx(sums, abs=1e-5)
+        assert len(batch.verifier_tokens[0][0]) == sum(map(len, stub.responses))
+
+
+def test_an_empty_thought_in_special_tokens_is_closed() -> None:
+    assert answers("Four.", tags=[(0, True), (0, False)]) == [(["Four."], False)]
+    tokenizer = generator(special=True)
+    for mode in ("condition", "hide"):
+        config = CMEConfig(thinking=mode, thinking_tags=("[T]", "[/T]"))
+        batch, stub, _ = scored("[T][/T]Four.", config, tokenizer)
+        assert shown(stub) == [(HEAD, "Four." + END)]
+        assert batch.metrics["thinking_unclosed"] == 0
 
 
 @pytest.mark.parametrize("special_tokens", ["hide", "show"])
