@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import AddedToken
 
 from cme_reward._ragged import (
     PADDING,
@@ -22,9 +24,10 @@ from cme_reward._ragged import (
 from cme_reward.config import CMEConfig
 from cme_reward.conversation.environment import EnvironmentReader
 from cme_reward.conversation.format import PromptFormat
+from cme_reward.conversation.literal import special_names
 from cme_reward.conversation.messages import Prompt
 from cme_reward.conversation.turns import Segment, Thinking, split_turns
-from cme_reward.errors import InputError, TokenizerError
+from cme_reward.errors import ConfigError, InputError, TokenizerError
 from cme_reward.spans.pieces import special_ids
 from cme_reward.spans.table import SpanTable
 
@@ -35,8 +38,9 @@ class Generator:
     Args:
         tokenizer: its fast tokenizer.
         config: see `CMEConfig`; of it, what concerns thoughts and special tokens.
-        eos_token_ids: special tokens with which it ends a response, besides its tokenizer's EOS and
-            the token that its chat template writes after an assistant message.
+        eos_token_ids: added tokens with which it ends a response, special or not, besides its
+            tokenizer's EOS and the token that its chat template writes after an assistant message.
+            An id that is a text of the vocabulary, as a newline is, stays one.
         template_kwargs: what its prompts were rendered with, see `CrossModelEntropy`.
         padded_vocabulary: its model chooses among more ids than the tokenizer has (Qwen2.5: 151,936
             of 151,665). Such an id writes no text, has no reward and ends nothing; if False, it is
@@ -49,6 +53,8 @@ class Generator:
 
     Raises:
         TokenizerError: if the tokenizer is not a fast one.
+        ConfigError: if its model writes more than answers, as gpt-oss does with its channels, and
+            the configuration does not take them apart.
     """
 
     def __init__(
@@ -60,13 +66,17 @@ class Generator:
         template_kwargs: Mapping[str, Any] | None = None,
         padded_vocabulary: bool = False,
     ) -> None:
-        self.tokenizer = tokenizer
         self.config = config
         self.template_kwargs = dict(template_kwargs or {})
         self.padded_vocabulary = padded_vocabulary
-        self.special_ids: Int64 = special_ids(tokenizer)
-        self._template_end = PromptFormat(tokenizer).end_of_turn
+        template = self.template_kwargs.get("chat_template")
+        asked = CMEConfig(chat_template=template, thinking_tags=config.thinking_tags)
+        style = PromptFormat(tokenizer, asked)
+        self._require_answers(style)
+        self._template_end = style.end_of_turn
         ends = {tokenizer.eos_token_id, self._template_end, *eos_token_ids} - {None}
+        self.tokenizer = tokenizer = _with_special(tokenizer, ends)
+        self.special_ids: Int64 = special_ids(tokenizer)
         self.eos_ids: Int64 = np.intersect1d(np.array(sorted(ends), np.int64), self.special_ids)
         shown = self._inner_specials() if config.special_tokens == "show" else ()
         self.table = SpanTable(tokenizer, shown, padded=padded_vocabulary)
@@ -166,6 +176,25 @@ class Generator:
             prompts, ids, masks, self.table, self.reader, self.eos_ids, self.thinking
         )
 
+    def _require_answers(self, style: PromptFormat) -> None:
+        """Refuse a model that writes its template's markup itself, if that would be read as words.
+
+        Raises:
+            ConfigError: with the settings that read its answers alone.
+        """
+        header, tags = style.header or "", self._tags
+        names = special_names(style.tokenizer).tokens
+        markup = sorted((m for m in names if m in header and m not in tags), key=header.index)
+        alone = self.config.thinking == "hide" and self.config.special_tokens == "show"
+        if markup and not (alone and header.endswith(tags[1])):
+            raise ConfigError(
+                f"the model of {getattr(style.tokenizer, 'name_or_path', '')!r} writes {header!r} "
+                "before an answer, which a verifier would read as words. Expected the settings "
+                "that score its answers alone: thinking='hide', special_tokens='show' and "
+                f"thinking_tags=({markup[0]!r}, {header!r}), of which the first begins whatever "
+                "is no answer"
+            )
+
     def _refuse(self, flat: Int64, offsets: Int64, bad: Int64) -> None:
         size = self.table.vocab_size
         for at in bad[:1]:
@@ -216,3 +245,18 @@ class Generator:
         names = self.tokenizer.convert_ids_to_tokens(self.special_ids.tolist())
         named = dict(zip(names, self.special_ids.tolist(), strict=True))
         return {named[tag]: tag == self._tags[0] for tag in self._tags if tag in named}
+
+
+def _with_special(tokenizer: Any, ids: Iterable[int]) -> Any:
+    """The tokenizer, or a copy in which those of the ids that are added tokens are special ones.
+
+    Some fine-tunes of base models add `<|im_end|>` as a token like any other; what ends a response
+    is no text of it.
+    """
+    added = tokenizer.added_tokens_decoder
+    plain = [added[i] for i in sorted(ids) if i in added and not added[i].special]
+    if plain:
+        tokenizer = copy.deepcopy(tokenizer)
+        ends = [AddedToken(str(token), special=True, normalized=False) for token in plain]
+        tokenizer.add_tokens(ends, special_tokens=True)
+    return tokenizer

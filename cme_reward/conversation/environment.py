@@ -72,7 +72,8 @@ class EnvironmentReader:
         self.tokenizer = tokenizer
         self.table = SpanTable(tokenizer)
         self.template_kwargs = dict(template_kwargs or {})
-        self.is_chat = getattr(tokenizer, "chat_template", None) is not None
+        template = self.template_kwargs.get("chat_template")
+        self.is_chat = (template or getattr(tokenizer, "chat_template", None)) is not None
         self.thinking_tags = thinking_tags
         self._show_special = show_special
 

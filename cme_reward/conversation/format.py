@@ -23,7 +23,7 @@ from cme_reward.conversation.messages import (
     plain_content,
     with_texts,
 )
-from cme_reward.conversation.thinking import Start, start_of
+from cme_reward.conversation.thinking import Start
 from cme_reward.errors import InputError
 
 PROMPTS_KEPT = 2048, 2**24
@@ -80,9 +80,11 @@ class PromptFormat:
         ids = self.tokenizer.encode(tail.lstrip(" ") or tail, add_special_tokens=False)
         self.end_of_turn = ids[0] if ids else self.end_of_turn
         self.prefill = find_prefill(self._tried, self._tags[0])
-        start = before
-        if start_of([self.prefill], self._tags) == "thought" and self._tags[1] not in self.prefill:
-            start = before.removesuffix(self.prefill)
+        opens = any(
+            self.prefill.lstrip().startswith(opening) and closing not in self.prefill
+            for opening, closing in (self._tags, CMEConfig.thinking_tags)  # the generator's or not
+        )
+        start = before.removesuffix(self.prefill) if opens else before
         header = body[len(start) :] if body.startswith(start) else ""
         if self._tags[0] not in header:
             self.lead = header[len(header.rstrip()) :]

@@ -62,8 +62,10 @@ class RenderedReader:
         self.tokenizer = tokenizer
         self.table = SpanTable(tokenizer)
         self.template_kwargs = dict(chat_template_kwargs or {})
-        self._is_chat = getattr(tokenizer, "chat_template", None) is not None
-        self._dated = self._is_chat and "strftime_now" in str(tokenizer.chat_template)
+        own = getattr(tokenizer, "chat_template", None)
+        template = self.template_kwargs.get("chat_template") or own
+        self._is_chat = template is not None
+        self._dated = self._is_chat and "strftime_now" in str(template)
         self._patterns: dict[tuple[int, bool], _Pattern | None] = {}
         self._special: dict[str, int] = {
             tokenizer.convert_ids_to_tokens(int(i)): int(i) for i in special_ids(tokenizer)

@@ -69,7 +69,9 @@ def _events(piece: Piece, tags: tuple[str, str]) -> list[tuple[int, int, bool]]:
     """`(start, stop, opens)` of every tag in the piece."""
     if not piece.tags and tags[0] not in piece.text and tags[1] not in piece.text:
         return []
-    found = re.finditer("|".join(map(re.escape, tags)), piece.text)
+    # The longer one first, since it may begin with the other: `<|channel|>final`, `<|channel|>`.
+    by_length = sorted(tags, key=len, reverse=True)
+    found = re.finditer("|".join(map(re.escape, by_length)), piece.text)
     events = [(m.start(), m.end(), m[0] == tags[0]) for m in found]
     of_ids = ((at, at, opens) for at, opens in piece.tags)
     # Tags of no text may share a place, and stay in the order of their tokens.

@@ -15,13 +15,20 @@ from tokenizer_kinds import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cme_reward import CrossModelEntropy, InputError
+from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError
 from cme_reward.conversation.environment import EnvironmentReader
 
 QUICK = [
     *(f"{name}/special" for name in WRITTEN), "olmo-like/text", "mistral-like/sentencepiece",
     "trl:qwen3/special", "trl:gptoss/special",
 ]  # fmt: skip
+CHANNELS = {  # models that write markup before an answer themselves
+    name: CMEConfig(thinking="hide", special_tokens="show", thinking_tags=("<|channel|>", header))
+    for name, header in (
+        ("trl:gptoss/special", "<|channel|>final<|message|>"),
+        ("trl:muse_glimmer/special", " to=user<|message|>"),
+    )
+}
 CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "look", "arguments": {}}}
 
 
@@ -88,7 +95,7 @@ def test_messages_come_out_as_they_were(name: str) -> None:
     ways = {case: forms(tokenizer, messages) for case, messages in cases(name).items()}
     # A model's own stops, which a trainer knows: GLM's are the headers of those who speak next.
     ends = {i for found in ways.values() for form in found.values() for i in form.sampled}
-    cme = CrossModelEntropy(stub, tokenizer, eos_token_ids=ends)
+    cme = CrossModelEntropy(stub, tokenizer, CHANNELS.get(name, CMEConfig()), eos_token_ids=ends)
     prefill = cme.generator.reader.prefill.text
     said, again = (cme.table.encode(text)[0].tolist() for text in (SAID, "B two."))
     wrong, n_read = [], 0
@@ -235,3 +242,23 @@ def test_a_very_long_observation_is_read_in_one_sweep() -> None:
     assert len(between(tokenizer, f"{many}\n<|assistant|>\n").messages) == 20_000
     with pytest.raises(InputError):
         between(tokenizer, many)
+
+
+def test_channels_are_read_as_answers_or_refused() -> None:
+    """gpt-oss samples markup itself: no word of it reaches a verifier."""
+    tokenizer, stub = chat_tokenizer("trl:gptoss/special"), TableVerifier(load_tokenizer("bytes"))
+    with pytest.raises(
+        ConfigError, match=r"writes '<\|channel\|>final.*thinking_tags=\('<\|channel"
+    ):
+        CrossModelEntropy(stub, tokenizer)
+    cme = CrossModelEntropy(stub, tokenizer, CHANNELS["trl:gptoss/special"])
+    final = "<|channel|>final<|message|>It is 4.<|return|>"
+    thought = "<|channel|>analysis<|message|>User asks.<|end|><|start|>assistant"
+    call = "<|channel|>commentary to=f<|message|>{}<|end|><|start|>assistant"
+    for before in ("", thought, thought + call):
+        ids = tokenizer.encode(before + final, add_special_tokens=False)
+        batch = cme([[ASK]], [ids])
+        asked = stub.responses[-1]
+        assert stub.tokenizer.decode(asked[:-1]) == "It is 4."
+        n = len(tokenizer.encode("It is 4.", add_special_tokens=False)) + 1
+        assert batch.mask[0].tolist() == [False] * (len(ids) - n) + [True] * n

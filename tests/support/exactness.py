@@ -44,7 +44,7 @@ GENERATORS = [
     "chatml/special", "qwen/special", "gemma/special", "olmo-like/text", "olmo-like/special",
     "phi-like/special", "deepseek-like/text", "deepseek-like/special", "mistral-like/special",
     "plain/text", "thinks/special", "trl:qwen3/special", "trl:deepseekv3/special",
-    "trl:llama3_1/special", "trl:gptoss/special", "trl:glm4moe/special",
+    "trl:llama3_1/special", "trl:cohere2/special", "trl:glm4moe/special",
     *(name for name in ("qwen2.5", "llama3", "olmo2-dolma2") if name in REAL),
 ]  # fmt: skip
 CHAT = ["byte-level", "bytes", *(name for name in ("qwen2.5", "llama3") if name in REAL)]
