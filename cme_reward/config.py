@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from cme_reward._settings import (
@@ -96,7 +97,7 @@ class CMEConfig:
 
     chat_template: str | None = None
     """A jinja chat template to use in place of the verifier's own (or where it has none). "none"
-    (or "null", or false) for no template: a base model whose tokenizer ships one reads plain text.
+    for no template: a base model whose tokenizer ships one reads plain text.
     Left out, the verifier's own."""
 
     max_length: int | None = None
@@ -173,11 +174,13 @@ class CMEConfig:
         return cls(**read_settings(settings, kinds_of(cls)))
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> CMEConfig:
-        """From a YAML file of settings, at its top level or under a `cme:` key."""
+    def from_yaml(
+        cls, path: str | Path, changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> CMEConfig:
+        """From a YAML file of settings, at its top level or under a `cme:` key, with changes."""
         settings = read_yaml(path, "settings from ", "eos: score")
         inner = settings.get("cme")
-        return cls.from_dict(inner if isinstance(inner, dict) else settings)
+        return cls.from_dict({**(inner if isinstance(inner, dict) else settings), **changes})
 
     @classmethod
     def from_env(cls, prefix: str = "CME_", environ: Mapping[str, str] | None = None) -> CMEConfig:
@@ -188,7 +191,8 @@ class CMEConfig:
 
 def _read_lines(file: str) -> list[Any]:
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        # Not by splitlines: JSON may hold U+2028 as it is.
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
         return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -224,12 +224,14 @@ class CrossModelEntropy(Closes):
             TokenizerError: if `ended`, and the generator has no token that ends a response.
         """
         require_pairs(prompts, responses)
-        ends = [ended] * len(responses) if isinstance(ended, bool) else list(ended)
+        ends = np.asarray(ended, dtype=bool)
+        ends = np.full(len(responses), ends) if ends.ndim == 0 else ends
         if len(ends) != len(responses):
             raise InputError(f"ended has {len(ends)} entries for {len(responses)} responses")
         ids = self.table.encode_batch(responses).ids
-        closing = [self.generator.end_of_turn] if any(ends) else []
-        return self(prompts, [[*i.tolist(), *closing[:e]] for i, e in zip(ids, ends, strict=True)])
+        closing = [self.generator.end_of_turn] if ends.any() else []
+        ended_ids = [[*i.tolist(), *closing * int(e)] for i, e in zip(ids, ends, strict=True)]
+        return self(prompts, ended_ids)
 
     def _asked(self, many: Sequence[Arguments]) -> list[tuple[Call, list[Question]]]:
         """What each of these calls asks each verifier."""

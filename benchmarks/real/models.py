@@ -122,6 +122,8 @@ def convert(source: Source, file: Path, out: Path, tokenizer: str | None) -> Non
         written = load_tokenizer(tokenizer)
     if not source.chat:
         written.chat_template = None
+        # Another checkpoint's tokenizer may end texts with a token that this model never writes.
+        written.eos_token = written.convert_ids_to_tokens(model.config.eos_token_id)
     part = out.with_name(f"{out.name}.part")
     model.save_pretrained(part)
     written.save_pretrained(part)
@@ -133,7 +135,8 @@ def check(source: Source, folder: Path) -> None:
 
     Raises:
         TokenizerError: for a tokenizer that loses or mangles text.
-        SystemExit: for one that does not give texts back, or weights that predict nothing.
+        SystemExit: for one that does not give texts back or ends them as the model does not, or
+            weights that predict nothing.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -149,6 +152,12 @@ def check(source: Source, folder: Path) -> None:
             raise SystemExit(f"{source.name}: the tokenizer reads {text!r} as {read!r}")
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     model.eval()
+    if not source.chat and tokenizer.eos_token_id != model.config.eos_token_id:
+        raise SystemExit(
+            f"{source.name}: the tokenizer ends texts with {tokenizer.eos_token!r}, the model with "
+            f"{tokenizer.convert_ids_to_tokens(model.config.eos_token_id)!r}: delete {folder} and "
+            "start again"
+        )
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
     with torch.inference_mode():
         perplexity = math.exp(float(model(ids, labels=ids).loss))

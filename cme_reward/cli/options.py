@@ -15,15 +15,10 @@ if TYPE_CHECKING:
 
 
 def configuration(file: Path | None, settings: list[str]) -> CMEConfig:
-    from dataclasses import asdict
-
     from cme_reward.config import CMEConfig
 
-    values = asdict(CMEConfig() if file is None else CMEConfig.from_yaml(file))
-    for setting in settings:
-        key, value = read_assignment("--set", setting, "eos=mask")
-        values[key] = value
-    return CMEConfig.from_dict(values)
+    changes = dict(read_assignment("--set", setting, "eos=mask") for setting in settings)
+    return CMEConfig.from_dict(changes) if file is None else CMEConfig.from_yaml(file, changes)
 
 
 def verifier_options(device: str | None, settings: Sequence[str]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class PromptFormat:
         """
         if self.is_chat:
             messages = as_messages(prompt)
-            if self.system_prompt and messages[0]["role"] != "system":
+            if self.system_prompt and messages[0]["role"] not in SYSTEM:
                 messages = [{"role": "system", "content": self.system_prompt}, *messages]
             head = len(list(takewhile(lambda m: m["role"] in SYSTEM, messages)))
             messages[head:head] = self._example_turns()

@@ -104,7 +104,7 @@ def _of_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]
 def _of_folder(path: Path) -> Iterable[Mapping[str, Any]]:
     states = [*path.glob("trainer_state.json"), *path.glob("checkpoint-*/trainer_state.json")]
     if states:  # each has all that the ones before it have
-        return _of_file(max(states, key=lambda file: file.stat().st_mtime))
+        return _of_file(max(states, key=_steps))
     if any(path.rglob("*tfevents*")):
         return _of_events(path)
     logs = sorted(file for file in path.glob("*.jsonl") if not file.name.endswith(SAMPLES))
@@ -114,6 +114,14 @@ def _of_folder(path: Path) -> Iterable[Mapping[str, Any]]:
         f"{str(path)!r} has {len(logs)} .jsonl files, and neither trainer_state.json nor "
         "TensorBoard's events; expected a run's log, see cme-reward report --help"
     )
+
+
+def _steps(state: Path) -> float:
+    """Updates so far; times of files say nothing once they are copied."""
+    try:
+        return float(json.loads(state.read_bytes())["log_history"][-1]["step"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf  # whoever reads it says what is wrong with it
 
 
 def _of_events(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,11 @@ def keep(file: Path, step: int, responses: Sequence[Kept]) -> None:
     """
     lines = [json.dumps({"step": step, **asdict(kept)}, default=str) + "\n" for kept in responses]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("ab") as stream:
+    with file.open("a+b") as stream:
+        if stream.seek(0, SEEK_END):
+            stream.seek(-1, SEEK_END)
+            if stream.read() != b"\n":  # a kill cut the last line off
+                lines.insert(0, "\n")
         stream.write("".join(lines).encode())
 
 

@@ -46,7 +46,7 @@ class FrozenModel:
 
     `float32_head` leaves out the rounding of half-precision logits, and `backend` is the
     compiler of ``torch.compile`` for the body, None for none: both are asked for, so that a
-    model that they do not fit is a ConfigError.
+    model that they do not fit is a ConfigError. So is one whose log-probs depend on what follows.
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class FrozenModel:
         expected_TV = self.model(ids_1T, use_cache=False).logits[0]
         rows = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = min(rows, expected_TV.shape[-1])
+        self._require_causal(ids_1T, expected_TV)
 
         def head_agrees(body: Any) -> bool:
             output = body(ids_1T, use_cache=False)
@@ -156,6 +157,20 @@ class FrozenModel:
             logger.warning("%s: one response at a time, all its logits in memory", self.name)
         elif not self.shares:
             logger.warning("%s: a prompt is run again for each of its responses", self.name)
+
+    def _require_causal(self, ids_1T: torch.Tensor, expected_TV: torch.Tensor) -> None:
+        """transformers loads BERT as a causal model too, and lets it see both ways."""
+        if ids_1T.shape[1] < 2:
+            return
+        other_1T = ids_1T.clone()
+        other_1T[0, -1] = (other_1T[0, -1] + 1) % self.vocab_size
+        got_TV = self.model(other_1T, use_cache=False).logits[0]
+        if not passes.logits_agree(got_TV[:-1], expected_TV[:-1]):
+            raise ConfigError(
+                f"{self.name} is no causal language model: what it predicts depends on the tokens "
+                "that follow. Expected a decoder, which reads from left to right; a BERT is one "
+                "with is_decoder=True in its configuration, if it was trained so"
+            )
 
     def _cache_agrees(self, ids_1T: torch.Tensor, whole_TD: torch.Tensor) -> bool:
         """Whether the body gives the hidden states of `whole_TD` after a cached prefix too."""
@@ -279,3 +294,13 @@ def length_limit(config: Any, tokenizer: Any, asked: int | None) -> int:
 def _length_dependent(config: Any) -> bool:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     return any(kind in str(rope) for kind in ("dynamic", "longrope"))
+
+
+def compiler_of(compile: bool | str) -> str | None:
+    """The backend of ``torch.compile`` that is meant; None for none."""
+    if not isinstance(compile, str):
+        return "inductor" if compile else None
+    known = torch.compiler.list_backends(exclude_tags=())
+    if compile not in known:
+        raise ConfigError(f"{compile=}: expected True, False or one of {known}")
+    return compile

@@ -19,10 +19,15 @@ from cme_reward._forks import renew_after_fork
 from cme_reward.errors import ConfigError, InputError, TokenizerError, VerifierError
 from cme_reward.verifiers import passes
 from cme_reward.verifiers.base import Closes, TokenIds
-from cme_reward.verifiers.frozen import FrozenModel, input_device, length_limit
+from cme_reward.verifiers.frozen import FrozenModel, compiler_of, input_device, length_limit
 from cme_reward.verifiers.offload import OffloadedWeights
 from cme_reward.verifiers.prefixes import Prefixes
-from cme_reward.verifiers.pretrained import choose_attention, load_trained, load_untrained
+from cme_reward.verifiers.pretrained import (
+    choose_attention,
+    load_trained,
+    load_untrained,
+    warn_of_another_end,
+)
 from cme_reward.verifiers.whole import check_whole
 
 OWN_OPTIONS = (
@@ -95,6 +100,7 @@ class TransformersVerifier(Closes):
                 f"{offload=}: expected 'between_calls', or None to keep the weights where they are"
             )
         check_whole(model, self.name)
+        warn_of_another_end(model, tokenizer, self.name)
         choose_attention(model, getattr(model.config, "_attn_implementation", None))
         self.tokenizer = tokenizer
         self.max_length = length_limit(model.config, tokenizer, max_length)
@@ -110,7 +116,7 @@ class TransformersVerifier(Closes):
                 head_rows=head_rows,
                 probe_length=self.max_length,
                 float32_head=head_dtype is not None,
-                backend=_backend(compile),
+                backend=compiler_of(compile),
             )
         self.vocab_size = self.frozen.vocab_size
         batch_tokens = batch_tokens or passes.batch_tokens(self.frozen.device)
@@ -298,12 +304,3 @@ class TransformersVerifier(Closes):
                 "the verifier's own tokenizer"
             )
         return array.astype(np.int64)
-
-
-def _backend(compile: bool | str) -> str | None:
-    if not isinstance(compile, str):
-        return "inductor" if compile else None
-    known = torch.compiler.list_backends(exclude_tags=())
-    if compile not in known:
-        raise ConfigError(f"{compile=}: expected True, False or one of {known}")
-    return compile

@@ -6,6 +6,7 @@ through. What it says about options that do not work out is told as a `ConfigErr
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from cme_reward.errors import CMEError, ConfigError, VerifierError
 from cme_reward.loading import said
 from cme_reward.spans.fidelity import load_faithful
 from cme_reward.verifiers.whole import whole_weights
+
+logger = logging.getLogger(__name__)
 
 
 def load_trained(
@@ -94,6 +97,27 @@ def choose_attention(model: Any, asked: str | None) -> None:
             "or none, which takes 'eager' here"
         )
     model.set_attn_implementation("eager")
+
+
+def warn_of_another_end(model: Any, tokenizer: Any, name: str) -> None:
+    """Of a base model whose tokenizer ends texts with a token that the model never writes.
+
+    Its end of turn is that token: with Gemma's chat tokenizer a base model is asked for
+    `<end_of_turn>`, which costs every answer that has ended some 36 nats.
+    """
+    configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
+    known: set[Any] = set()
+    for eos in (getattr(config, "eos_token_id", None) for config in configs):
+        known |= set(eos) if isinstance(eos, list) else {eos}
+    known -= {None}
+    own, chat = tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)
+    if known and own is not None and own not in known and chat is None:
+        logger.warning(
+            "%s: the tokenizer's eos_token %r (%d) is not among the model's own, %s: an end of "
+            "turn is scored as a token that the model never writes. Expected the tokenizer of this "
+            "model, or eos='mask'",
+            name, tokenizer.eos_token, own, sorted(known),
+        )  # fmt: skip
 
 
 def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:

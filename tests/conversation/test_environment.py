@@ -262,3 +262,44 @@ def test_channels_are_read_as_answers_or_refused() -> None:
         assert stub.tokenizer.decode(asked[:-1]) == "It is 4."
         n = len(tokenizer.encode("It is 4.", add_special_tokens=False)) + 1
         assert batch.mask[0].tolist() == [False] * (len(ids) - n) + [True] * n
+
+
+def test_a_template_among_the_options_is_the_generators() -> None:
+    """A base model's tokenizer without one: its end of turn and environments are read all the
+    same."""
+    tokenizer, stub = chat_tokenizer("chatml/special"), TableVerifier(load_tokenizer("byte-level"))
+    bare = copy.deepcopy(tokenizer)
+    template, bare.chat_template = bare.chat_template, None
+    options = {"chat_template": template}
+    ids = [encoded for part in (SAID, "<|im_end|>\n<|im_start|>user\nNo.<|im_end|>\n"
+           "<|im_start|>assistant\n", "B two.", "<|im_end|>")
+           for encoded in [tokenizer.encode(part, add_special_tokens=False)]]  # fmt: skip
+    mask = [k != 1 for k, part in enumerate(ids) for _ in part]
+    flat = [i for part in ids for i in part]
+    told = CrossModelEntropy(stub, bare, generator_template_kwargs=options)
+    own = CrossModelEntropy(stub, tokenizer)
+    got, expected_ = (cme([[ASK]], [flat], [mask]) for cme in (told, own))
+    assert got.token_rewards.tolist() == expected_.token_rewards.tolist()
+    assert got.mask.tolist() == expected_.mask.tolist()
+    assert got.mask[0, -1]
+
+
+def test_an_end_that_is_an_added_token_like_any_other() -> None:
+    """ChatML fine-tunes of base models: what ends a response is never a word of it."""
+    tokenizer = copy.deepcopy(load_tokenizer("sentencepiece"))
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    text = tokenizer.encode("Four.", add_special_tokens=False)
+    stub = TableVerifier(load_tokenizer("byte-level"))
+    for template, ends in ((WRITTEN["chatml"], []), (None, [end])):
+        tokenizer.chat_template = template
+        cme = CrossModelEntropy(stub, tokenizer, eos_token_ids=ends)
+        batch = cme([[ASK]], [[*text, end]])
+        assert stub.tokenizer.decode(stub.responses[-1]) == "Four.<|im_end|>"
+        assert batch.mask[0].tolist() == [True] * (len(text) + 1)
+        assert end in cme.generator.eos_ids
+    assert not tokenizer.added_tokens_decoder[end].special  # the caller's is as it was
+    newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    cme = CrossModelEntropy(stub, tokenizer, eos_token_ids=[newline])  # text stays text
+    cme([[ASK]], [[*text, newline]])
+    assert stub.tokenizer.decode(stub.responses[-1]) == "Four.\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from stubs import TableVerifier
 from templates import LLAMA2, with_template
-from tokenizer_kinds import REAL, load_tokenizer
+from tokenizer_kinds import CHATML, REAL, load_tokenizer
 
 from cme_reward import CMEConfig, CrossModelEntropy, InputError
 from cme_reward.cli.options import configuration
@@ -87,6 +87,14 @@ def test_template_options_and_another_template() -> None:
     assert rendered(tokenizer, "Hi", off).endswith("<think></think>")
     other = CMEConfig(chat_template="Q: {{ messages[0].content }} A:")
     assert rendered(tokenizer, "Hi", other) == "Q: Hi A:"
+
+
+def test_a_system_prompt_stands_where_there_is_none_by_any_name() -> None:
+    tokenizer = with_template("byte-level", CHATML)
+    config = CMEConfig(system_prompt="Be brief.")
+    own = [{"role": "developer", "content": "Be long."}, {"role": "user", "content": "Hi"}]
+    assert "Be brief." not in rendered(tokenizer, own, config)
+    assert "Be brief." in rendered(tokenizer, own[1:], config)
 
 
 def test_never_two_bos() -> None:

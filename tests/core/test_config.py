@@ -129,3 +129,27 @@ def test_keys_with_none_keep_their_meaning() -> None:
     # scale and baseline have a value called "none"; the optional ones read it as "not set".
     config = CMEConfig.from_dict({"scale": "none", "baseline": "none", "system_prompt": None})
     assert (config.scale, config.baseline, config.system_prompt) == ("none", "none", None)
+
+
+def test_changes_replace_what_a_file_says_as_it_says_it(tmp_path: Path) -> None:
+    """`credit: sequence` stands for a level; another credit on the command line is one."""
+    file = tmp_path / "cme.yaml"
+    file.write_text("credit: sequence\neos: mask\n")
+    changed = CMEConfig.from_yaml(file, {"credit": "token"})
+    assert (changed.level, changed.eos) == ("token", "mask")
+    assert CMEConfig.from_yaml(file, {"credit": "return"}).credit == "return"
+    assert CMEConfig.from_yaml(file).level == "sequence"
+
+
+def test_tags_in_brackets_are_text() -> None:
+    config = CMEConfig.from_dict({"thinking_tags": "[THINK] [/THINK]"})
+    assert config.thinking_tags == ("[THINK]", "[/THINK]")
+    assert CMEConfig.from_dict({"thinking_tags": "[a, b]"}).thinking_tags == ("a", "b")
+
+
+def test_examples_of_any_text(tmp_path: Path) -> None:
+    """JSON may hold other ends of lines than its lines', and editors put a BOM in front."""
+    file = tmp_path / "examples.jsonl"
+    row = {"prompt": "a\u2028b", "response": "c\x85d"}
+    file.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert CMEConfig(examples=str(file)).examples == (row,)

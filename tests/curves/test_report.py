@@ -53,6 +53,15 @@ def test_a_resumed_step_has_its_last_value(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_last_checkpoint_is_the_one_that_went_furthest(tmp_path: Path) -> None:
+    """Not the one that was copied last."""
+    for at in (10, 40, 9):
+        state = {"log_history": [{"step": n, "loss": 1.0} for n in range(1, at + 1)]}
+        (tmp_path / f"checkpoint-{at}").mkdir()
+        (tmp_path / f"checkpoint-{at}" / "trainer_state.json").write_text(json.dumps(state))
+    assert read_run(tmp_path).series["loss"].steps[-1] == 40
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither a file nor a folder"):
         read_run(tmp_path / "no")

@@ -17,10 +17,12 @@ from cme_reward.curves.samples import (
     FILE,
     PROMPTS,
     STEPS,
+    Kept,
     Picked,
     Sample,
     beside,
     is_due,
+    keep,
     read,
     shown,
 )
@@ -61,6 +63,16 @@ def test_what_was_sampled_again_replaces_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2").mkdir()
     assert read(tmp_path / "checkpoint-2") == read(tmp_path / "log.jsonl") == found
     assert read(tmp_path.parent) == []
+
+
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
+    file = tmp_path / FILE
+    (tmp_path / FILE).write_text(line(1) + line(2)[:20])
+    kept = Kept("p", ["a"], [-1.0], [True], -1.0, 0.0)
+    keep(file, 3, [kept])
+    keep(file, 4, [kept])
+    assert [one.step for one in read(tmp_path)] == [1, 3, 4]
+    assert file.read_text().count("\n") == 4
 
 
 def test_samples_are_beside_the_log(tmp_path: Path) -> None:

@@ -458,3 +458,33 @@ def test_options_together(saved) -> None:
     )
     assert verifier.frozen.shares
     assert_equals_oracle(verifier, *ragged_batch(), atol=0.2)
+
+
+class TestWhatIsNoVerifier:
+    @pytest.mark.parametrize("is_decoder", [False, True])
+    def test_a_model_that_sees_both_ways(self, is_decoder: bool, bpe: Any) -> None:
+        config = transformers.BertConfig(
+            vocab_size=CONFIGS["llama"].vocab_size, hidden_size=32, num_hidden_layers=2,
+            num_attention_heads=4, intermediate_size=64, is_decoder=is_decoder,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.BertLMHeadModel(config)
+        if not is_decoder:
+            with pytest.raises(ConfigError, match=r"no causal language model.*is_decoder=True"):
+                TransformersVerifier(model, bpe)
+            return
+        assert_equals_oracle(TransformersVerifier(model, bpe), *ragged_batch())
+
+    def test_a_tokenizer_of_another_end(self, bpe: Any, caplog: Any) -> None:
+        """A base model is asked for its tokenizer's EOS, which it may never write."""
+        model, own = build(CONFIGS["llama"]), copy.deepcopy(bpe)
+        own.eos_token = own.convert_ids_to_tokens(7)
+        for known, warned in ((7, False), ([3, 7], False), (None, False), (3, True)):
+            model.config.eos_token_id = model.generation_config.eos_token_id = known
+            caplog.clear()
+            TransformersVerifier(model, own)
+            assert ("is not among the model's own" in caplog.text) is warned, known
+        own.chat_template = "{{ messages[0].content }}"  # says itself what ends a turn
+        caplog.clear()
+        TransformersVerifier(model, own)
+        assert "is not among" not in caplog.text
