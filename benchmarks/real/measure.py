@@ -9,7 +9,7 @@ prompt, with 95 % intervals:
   come with lm-eval (`pip install 'lm-eval[ifeval]'`), where lines have `meta.instruction_id_list`
   and `meta.kwargs` as IFEval's do;
 - `reference`: the policy's mean log-prob, in nats a token, of a line's `response`, where it has
-  one;
+  one, with the end that its chat template writes behind it;
 - `judge`: cross-model entropy of the answer (Eq. 3) by `--judge`, which must not be the verifier
   that the policy was trained against;
 - `tokens`, `stopped`, `repetition` (repeated 4-grams), `distinct` (different pairs of words over
