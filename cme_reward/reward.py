@@ -47,8 +47,9 @@ class CrossModelEntropy(Closes):
         generator_tokenizer: the sampler's fast tokenizer, or its name. None: the verifier's own
             (an ensemble's first one's), where responses are texts rather than sampled ids.
         config: see `CMEConfig`.
-        eos_token_ids: special tokens with which the generator ends a response, besides its
-            tokenizer's EOS and the token that its chat template writes after an assistant message.
+        eos_token_ids: added tokens, special or not, with which the generator ends a response,
+            besides its tokenizer's EOS and what its chat template writes after an assistant
+            message.
         generator_template_kwargs: what the generator's prompts were rendered with, such as
             `{"enable_thinking": False}` or `{"chat_template": "..."}`. Whatever its generation
             prompt puts at the start of a response (`<think>`) is shown to the verifier in front of
