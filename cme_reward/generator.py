@@ -251,10 +251,11 @@ def _with_special(tokenizer: Any, ids: Iterable[int]) -> Any:
     """The tokenizer, or a copy in which those of the ids that are added tokens are special ones.
 
     Some fine-tunes of base models add `<|im_end|>` as a token like any other; what ends a response
-    is no text of it.
+    is no text of it. A line's end is, which Gemma's tokenizer has among its added tokens.
     """
     added = tokenizer.added_tokens_decoder
     plain = [added[i] for i in sorted(ids) if i in added and not added[i].special]
+    plain = [token for token in plain if str(token).strip()]
     if plain:
         tokenizer = copy.deepcopy(tokenizer)
         ends = [AddedToken(str(token), special=True, normalized=False) for token in plain]
