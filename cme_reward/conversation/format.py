@@ -80,6 +80,10 @@ class PromptFormat:
         ids = self.tokenizer.encode(tail.lstrip(" ") or tail, add_special_tokens=False)
         self.end_of_turn = ids[0] if ids else self.end_of_turn
         self.prefill = find_prefill(self._tried, self._tags[0])
+        self._read_header(before, body)
+
+    def _read_header(self, before: str, body: str) -> None:
+        """From a generation prompt, and what is written before the answer of a finished message."""
         opens = any(
             self.prefill.lstrip().startswith(opening) and closing not in self.prefill
             for opening, closing in (self._tags, CMEConfig.thinking_tags)  # the generator's or not
