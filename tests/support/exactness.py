@@ -406,6 +406,8 @@ def check(
             if own_text != answer:
                 complaints.append(f"asked for {own_text!r}, wanted {answer!r}")
                 continue
+            if special := set(body) & {*tokenizer.all_special_ids}:  # ends, where none was sampled
+                complaints.append(f"asked for {sorted(special)} in {own_text!r}")
             if has_end:
                 end = (
                     "<|eot_id|>"
