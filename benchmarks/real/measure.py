@@ -8,8 +8,8 @@ prompt, with 95 % intervals:
 - `ifeval`: share of prompts all of whose instructions are followed, strictly, by the checks that
   come with lm-eval (`pip install 'lm-eval[ifeval]'`), where lines have `meta.instruction_id_list`
   and `meta.kwargs` as IFEval's do;
-- `reference`: the policy's mean log-prob, in nats a token, of a line's `response`, where it has
-  one, with the end that its chat template writes behind it;
+- `reference`: the policy's mean log-prob, in nats a token, of the text of a line's `response`,
+  where it has one; without an end, which policies learn to like or not whatever the text;
 - `judge`: cross-model entropy of the answer (Eq. 3) by `--judge`, which must not be the verifier
   that the policy was trained against;
 - `tokens`, `stopped`, `repetition` (repeated 4-grams), `distinct` (different pairs of words over
@@ -92,7 +92,9 @@ def measured(
     texts, stopped = [row["response"] for row in answers], [row["stopped"] for row in answers]
     judged = CrossModelEntropy(judge, tokenizer).score_texts(prompts, texts, ended=stopped)
     given = [k for k, row in enumerate(rows) if row.get("response")]
-    wanted = itself.score_texts([prompts[k] for k in given], [rows[k]["response"] for k in given])
+    wanted = itself.score_texts(
+        [prompts[k] for k in given], [rows[k]["response"] for k in given], ended=False
+    )
     reference: list[float | None] = [None] * len(rows)
     for k, value in zip(given, wanted.sequence_rewards.tolist(), strict=True):
         reference[k] = value

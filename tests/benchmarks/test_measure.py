@@ -108,8 +108,6 @@ def test_two_policies_from_end_to_end(
     tokenizer: Any = loaded.tokenizer
     tokenizer.chat_template = tiny.tokenizer().chat_template
     model: Any = loaded.model
-    end = CrossModelEntropy(loaded).members[0].format.end_of_turn
-    assert end is not None
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": rows[0]["prompt"]}], add_generation_prompt=True
     )["input_ids"]
@@ -118,7 +116,7 @@ def test_two_policies_from_end_to_end(
         """`log p` of every token, at each of these and after the last."""
         return model(torch.tensor([asked + ids])).logits[0, len(asked) - 1 :].log_softmax(-1)
 
-    wanted = [*tokenizer("An answer by hand.")["input_ids"], end]
+    wanted = tokenizer("An answer by hand.")["input_ids"]
     logp = next_token(wanted)[torch.arange(len(wanted)), torch.tensor(wanted)]
     assert before["reference"][0] == pytest.approx(float(logp.mean()), abs=1e-4)
     assert before["reference"][1:] == [None] * (len(rows) - 1)
