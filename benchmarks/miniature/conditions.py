@@ -120,7 +120,7 @@ def _lessons() -> list[Condition]:
 def _horizon() -> list[Condition]:
     """What a token is credited with, over ten times the usual updates, without the cosine."""
 
-    def ten(name: str, seeds: int = 3, **config: Any) -> Condition:
+    def ten(name: str, seeds: int = 2, **config: Any) -> Condition:
         return Condition(
             f"horizon: {name}", config=config, steps=1000, cosine=False, every=50, seeds=seeds
         )
@@ -147,7 +147,7 @@ def _screen() -> list[Condition]:
     def twice(name: str, change: Candidate = Candidate(), **config: Any) -> Condition:  # noqa: B008
         return Condition(
             f"screen: {name}", config=config, candidate=change, steps=200, cosine=False, every=50,
-            seeds=4,
+            seeds=3,
         )  # fmt: skip
 
     returns: dict[str, Any] = {"credit": "return", "scale": "batch"}
