@@ -208,7 +208,7 @@ class CrossModelEntropy(Closes):
         prompts: Sequence[Prompt],
         responses: Sequence[str],
         *,
-        ended: bool | Sequence[bool] = True,
+        ended: bool | Sequence[bool] | NDArray[np.bool_] = True,
     ) -> CMEBatch:
         """Score B responses given as texts, in the generator tokenizer's own tokens.
 

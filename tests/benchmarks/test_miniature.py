@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+from argparse import Namespace
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -375,7 +376,7 @@ def test_conditions_are_named_once_and_known() -> None:
 
 
 def test_the_study_is_every_condition_with_the_seeds_it_needs() -> None:
-    given = SimpleNamespace(group=None, only=None, seeds=None, study=True)
+    given = Namespace(group=None, only=None, seeds=None, study=True)
     seeds = Counter(condition.name for condition, _ in jobs_of(given))
     assert set(seeds) == set(CONDITIONS)
     assert seeds["claims: token"] == 24

@@ -95,7 +95,7 @@ def test_texts() -> None:
     mixed = reward.score_texts(prompts, texts, ended=[True, False, True])
     in_numpy = reward.score_texts(prompts, texts, ended=np.array([True, False, True]))
     assert in_numpy.token_rewards.tolist() == mixed.token_rewards.tolist()
-    assert reward.score_texts(prompts, texts, ended=np.False_).mask.equal(open_ended.mask)
+    assert reward.score_texts(prompts, texts, ended=np.array(False)).mask.equal(open_ended.mask)
     assert same(mixed, reward(prompts, [ids[0], ids[1][:-1], ids[2]]))
     assert reward.score_texts([], []).mask.shape == (0, 0)
     with pytest.raises(InputError, match="2 prompts and 3 responses"):
