@@ -295,7 +295,7 @@ def test_tool_calls_reach_the_verifiers_template(generator: Any) -> None:
     assert got.status_code == 200
     assert verifier.tokenizer.decode(verifier.prompts[0]) == (
         '<|im_start|>user ab<|im_end|><|im_start|>assistant {"name": "f", "arguments": {}}'
-        "<|im_end|><|im_start|>"
+        "<|im_end|><|im_start|>assistant"
     )
     got = ask(table("byte-level"), generator, "/v1/score", body)
     refused(got, 422, "InputError", r"leaves out tool calls of message 1 \(role 'assistant'\)")

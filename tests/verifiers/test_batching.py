@@ -360,7 +360,7 @@ def test_a_prompt_is_rendered_once_over_all_calls(monkeypatch: pytest.MonkeyPatc
     rendered = []
     original = member.format.render
     monkeypatch.setattr(
-        member.format, "render", lambda prompt, **_: rendered.append(prompt) or original(prompt)
+        member.format, "render", lambda prompt, *_: rendered.append(prompt) or original(prompt)
     )
     for _ in range(3):
         cme(["one", "two", "one"], [[5], [6], [7]])
