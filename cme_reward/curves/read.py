@@ -119,7 +119,8 @@ def _of_folder(path: Path) -> Iterable[Mapping[str, Any]]:
 def _steps(state: Path) -> float:
     """Updates so far; times of files say nothing once they are copied."""
     try:
-        return float(json.loads(state.read_bytes())["log_history"][-1]["step"])
+        history = json.loads(state.read_bytes())["log_history"]
+        return float(history[-1]["step"]) if history else 0.0
     except (ValueError, TypeError, LookupError):
         return math.inf  # whoever reads it says what is wrong with it
 

@@ -55,7 +55,7 @@ def test_a_resumed_step_has_its_last_value(tmp_path: Path) -> None:
 
 def test_the_last_checkpoint_is_the_one_that_went_furthest(tmp_path: Path) -> None:
     """Not the one that was copied last."""
-    for at in (10, 40, 9):
+    for at in (10, 40, 9, 0):
         state = {"log_history": [{"step": n, "loss": 1.0} for n in range(1, at + 1)]}
         (tmp_path / f"checkpoint-{at}").mkdir()
         (tmp_path / f"checkpoint-{at}" / "trainer_state.json").write_text(json.dumps(state))
