@@ -224,22 +224,18 @@ def _of_text(kinds: list[Any], text: str) -> Any:
             with suppress(ValueError):
                 return number(text)
     if str not in kinds or word[:1] in ("{", "["):
-        loaded = _of_yaml(text, or_text=str in kinds)
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError:  # `[THINK] [/THINK]` begins like a list
+            if str not in kinds:
+                raise
+            return text
         for container, form in ((Mapping, dict), (Sequence, list)):
             if container in kinds and isinstance(loaded, form):
                 return loaded
     if str in kinds:
         return text
     raise ValueError
-
-
-def _of_yaml(text: str, *, or_text: bool) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:  # `[THINK] [/THINK]` begins like a list
-        if or_text:
-            return text
-        raise
 
 
 def _of_any(text: str, word: str) -> Any:

@@ -53,8 +53,6 @@ class Generator:
 
     Raises:
         TokenizerError: if the tokenizer is not a fast one.
-        ConfigError: if its model writes more than answers, as gpt-oss does with its channels, and
-            the configuration does not take them apart.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class Generator:
         template = self.template_kwargs.get("chat_template")
         asked = CMEConfig(chat_template=template, thinking_tags=config.thinking_tags)
         style = PromptFormat(tokenizer, asked)
-        self._require_answers(style)
+        self._header = style.header or ""
         self._template_end = style.end_of_turn
         ends = {tokenizer.eos_token_id, self._template_end, *eos_token_ids} - {None}
         self.tokenizer = tokenizer = _with_special(tokenizer, ends)
@@ -176,21 +174,23 @@ class Generator:
             prompts, ids, masks, self.table, self.reader, self.eos_ids, self.thinking
         )
 
-    def _require_answers(self, style: PromptFormat) -> None:
+    def require_answers(self) -> None:
         """Refuse a model that writes its template's markup itself, if that would be read as words.
+
+        gpt-oss does, with its channels. It matters to rewards that show a verifier what it sampled.
 
         Raises:
             ConfigError: with the settings that read its answers alone.
         """
-        header, tags = style.header or "", self._tags
-        names = special_names(style.tokenizer).tokens
+        header, tags = self._header, self._tags
+        names = special_names(self.tokenizer).tokens
         markup = sorted((m for m in names if m in header and m not in tags), key=header.index)
         alone = self.config.thinking == "hide" and self.config.special_tokens == "show"
         if markup and not (alone and header.endswith(tags[1])):
             raise ConfigError(
-                f"the model of {getattr(style.tokenizer, 'name_or_path', '')!r} writes {header!r} "
-                "before an answer, which a verifier would read as words. Expected the settings "
-                "that score its answers alone: thinking='hide', special_tokens='show' and "
+                f"the model of {self.name!r} writes {header!r} before an answer, which a verifier "
+                "would read as words. Expected the settings that score its answers alone: "
+                "thinking='hide', special_tokens='show' and "
                 f"thinking_tags=({markup[0]!r}, {header!r}), of which the first begins whatever "
                 "is no answer"
             )

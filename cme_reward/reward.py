@@ -66,6 +66,8 @@ class CrossModelEntropy(Closes):
 
     Raises:
         TokenizerError: if a tokenizer does not load, or is not a fast one.
+        ConfigError: if the generator writes markup before its answers, and the configuration does
+            not take it apart.
         VerifierError: if a verifier does not load.
     """
 
@@ -95,6 +97,8 @@ class CrossModelEntropy(Closes):
             template_kwargs=generator_template_kwargs,
             padded_vocabulary=padded_vocabulary,
         )
+        if generator_tokenizer is not None:  # or texts are scored, which nobody sampled
+            self.generator.require_answers()
         self.warns, self._warned = True, set[str]()
 
     def for_generator(
@@ -113,6 +117,7 @@ class CrossModelEntropy(Closes):
             template_kwargs=template_kwargs,
             padded_vocabulary=padded_vocabulary,
         )
+        other.generator.require_answers()
         return other
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cme_reward import CMEConfig, ConfigError, CrossModelEntropy, InputError
+from cme_reward.comparators import RENT
 from cme_reward.conversation.environment import EnvironmentReader
 
 QUICK = [
@@ -251,6 +252,9 @@ def test_channels_are_read_as_answers_or_refused() -> None:
         ConfigError, match=r"writes '<\|channel\|>final.*thinking_tags=\('<\|channel"
     ):
         CrossModelEntropy(stub, tokenizer)
+    # Of texts that nobody sampled, and to rewards that show a verifier nothing, it is none.
+    CrossModelEntropy(TableVerifier(tokenizer)).score_texts(["2 + 2?"], ["It is 4."])
+    RENT(tokenizer)
     cme = CrossModelEntropy(stub, tokenizer, CHANNELS["trl:gptoss/special"])
     final = "<|channel|>final<|message|>It is 4.<|return|>"
     thought = "<|channel|>analysis<|message|>User asks.<|end|><|start|>assistant"
